@@ -1,0 +1,1 @@
+"""U-ViT diffusion models whose blocks share one DIA attention unit."""

@@ -1,0 +1,34 @@
+"""What people can mend: one line that says what, where and what to do, and exit code 2."""
+
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+
+class UserError(Exception):
+    """Something outside the code is wrong: input, file, machine. The message is the one line that people read."""
+
+
+class ConfigError(UserError):
+    """A setting is wrong: `ConfigError("train.batch_size", 100, "a multiple of 8")`."""
+
+    def __init__(self, key: str, value: Any, expected: str) -> None:
+        super().__init__(f"{key}: {value!r} will not do; expected {expected}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of an error line that offers the nearest known name: "; did you mean 'x'?", or nothing."""
+    matches = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """The exit code of `main`: 2 after a UserError, whose line the first process of each machine prints."""
+    try:
+        return main() or 0
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
