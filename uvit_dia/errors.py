@@ -8,7 +8,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something outside the code is wrong: input, file, machine. The message is the one line that people read."""
+    """Something outside the code is wrong: input, file, machine. The message is the line that people read."""
 
 
 class ConfigError(UserError):
@@ -22,6 +22,11 @@ def nearest(name: str, known: list[str]) -> str:
     """The end of an error line that offers the nearest known name: "; did you mean 'x'?", or nothing."""
     matches = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def one_of(name: str, known: list[str]) -> str:
+    """What was expected where a name is not known."""
+    return f"one of {', '.join(known)}{nearest(name, known)}"
 
 
 def run(main: Callable[[], int | None]) -> int:

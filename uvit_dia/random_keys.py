@@ -19,11 +19,13 @@ class Stream(IntEnum):
 
 
 def numpy_generator(seed: int, stream: Stream, counter: int) -> np.random.Generator:
-    """The generator of one key: equal keys give equal numbers on every machine, and different keys independent ones."""
+    """The generator of one key: equal keys, equal numbers on every machine; other keys, independent ones."""
     return np.random.default_rng(np.random.SeedSequence([seed, stream, counter]))
 
 
-def torch_generator(seed: int, stream: Stream, counter: int, device: torch.device | str = "cpu") -> torch.Generator:
+def torch_generator(
+    seed: int, stream: Stream, counter: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """The same for torch: numbers agree between devices of one model."""
     state = np.random.SeedSequence([seed, stream, counter]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)  # 63 bits: torch takes a signed integer

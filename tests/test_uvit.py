@@ -1,0 +1,159 @@
+"""UViT against the official architecture's golden cases, closed forms and the diffusers contract."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from uvit_dia.errors import ConfigError, UserError
+from uvit_dia.uvit import UViT, timestep_embedding
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = dict(sample_size=8, patch_size=2, in_channels=3, embed_dim=64, depth=4, num_heads=4)
+
+
+def golden(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        settings = file.metadata()
+    weights = {
+        key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")
+    }
+    return settings, weights, tensors
+
+
+@pytest.mark.parametrize("name", ["uvit_uncond", "uvit_class_cond"])
+def test_official_weights_load_strictly_and_give_the_official_output(name, tmp_path):
+    settings, weights, tensors = golden(name)
+    torch.save(weights, tmp_path / "nnet.pth")
+    model = UViT.from_official(tmp_path / "nnet.pth", num_heads=int(settings["num_heads"]))
+    assert model.config.sample_size == int(settings["img_size"]) and model.config.depth == int(
+        settings["depth"]
+    )
+    assert model.config.trained_on_time == "continuous 999t"
+    with torch.no_grad():
+        out = model(
+            tensors["input.sample"], tensors["input.timestep"], tensors.get("input.class_labels")
+        ).sample
+    assert torch.allclose(out, tensors["output.sample"], atol=1e-4)
+
+
+def test_a_checkpoint_without_the_final_layer_is_refused_in_one_line(tmp_path):
+    _, weights, _ = golden("uvit_uncond")
+    torch.save({k: v for k, v in weights.items() if not k.startswith("final_layer")}, tmp_path / "nnet.pth")
+    with pytest.raises(UserError, match="final 3x3 convolution"):
+        UViT.from_official(tmp_path / "nnet.pth")
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path(tmp_path / "ran").touch, ())
+
+    torch.save({"pos_embed": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="plain weights"):
+        UViT.from_official(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_default_model_is_the_official_cifar10_one():
+    with torch.device("meta"):
+        model = UViT()
+    assert sum(p.numel() for p in model.parameters()) == 44_255_328
+
+
+def test_a_unit_adds_its_parameters_and_leaves_the_official_names_alone():
+    plain, gated = UViT(**TINY), UViT(**TINY, unit={"kind": "dia_lstm"})
+    assert plain.state_dict().keys() < gated.state_dict().keys()
+    assert all(
+        key.startswith("shared_unit.") for key in gated.state_dict().keys() - plain.state_dict().keys()
+    )
+
+
+def test_a_constant_gate_of_one_changes_nothing():
+    torch.manual_seed(0)
+    plain = UViT(**TINY)
+    gated = UViT(**TINY, unit={"kind": "constant", "value": 1.0})
+    gated.load_state_dict(plain.state_dict())
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    assert torch.equal(plain(x, t).sample, gated(x, t).sample)
+
+
+@pytest.mark.parametrize("kind", ["dia_lstm", "dia_lstm_light"])
+def test_every_gate_depends_on_the_blocks_before_it_and_no_state_survives_a_forward(kind):
+    torch.manual_seed(0)
+    model = UViT(**TINY, unit={"kind": kind})
+    states = []
+    model.shared_unit.register_forward_hook(lambda module, args, out: states.append((args[1], out[1])))
+    x = torch.randn(2, 3, 8, 8)
+    first = model(x, 5).sample
+    assert len(states) == 5 and states[0][0] is None
+    for (_, after), (before, _) in pairwise(states):
+        assert before is after and before[0][0].dtype == torch.float32
+    assert torch.equal(first, model(x, 5).sample)
+
+
+def test_pooling_reads_only_patches_unless_all_is_asked_for():
+    gates = {}
+    for pool in ("patches", "all"):
+        torch.manual_seed(0)
+        unit = UViT(**TINY, unit={"kind": "dia_lstm", "pool": pool}).shared_unit
+        x = torch.randn(1, 17, 64)
+        changed = x.clone()
+        changed[:, 0] += 10  # the time token
+        gates[pool] = [unit(tokens, None)[1][0][0] for tokens in (x, changed)]
+    assert torch.equal(*gates["patches"]) and not torch.equal(*gates["all"])
+
+
+def test_scalar_and_batched_timesteps_agree_and_a_tuple_comes_on_request():
+    model = UViT(**TINY)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(x, 7).sample, model(x, torch.tensor([7, 7]), return_dict=False)[0])
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model = UViT(**TINY, unit={"kind": "dia_lstm"})
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    gradients = []
+    for enable in (False, True):
+        model.enable_gradient_checkpointing() if enable else None
+        model.zero_grad()
+        model(x, t).sample.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert model.gradient_checkpointing
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def test_saved_and_loaded_by_diffusers_it_is_the_same_model(tmp_path):
+    model = UViT(**TINY, num_classes=11, null_label=10, unit={"kind": "dia_lstm", "reduction": None})
+    model.save_pretrained(tmp_path)
+    again = UViT.from_pretrained(tmp_path)
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 10])
+    assert torch.equal(model.eval()(x, 9, labels).sample, again(x, 9, labels).sample)
+    assert again.config.unit == {"kind": "dia_lstm", "reduction": None}
+
+
+def test_timestep_embedding_is_cosines_then_sines_of_a_geometric_ladder():
+    e = timestep_embedding(torch.tensor([3.0]), 4)[0]
+    expected = torch.tensor([3.0, 3.0 / 100]).cos().tolist() + torch.tensor([3.0, 3.0 / 100]).sin().tolist()
+    assert torch.allclose(e, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"patch_size": 3}, "model.patch_size"),
+        ({"num_heads": 5}, "model.num_heads"),
+        ({"depth": 3}, "model.depth"),
+        ({"num_classes": 10, "null_label": 10}, "model.null_label"),
+        ({"null_label": 0}, "model.null_label"),
+        ({"unit": {"kind": "dia_lstm", "reduction": 7}}, "model.unit.reduction"),
+    ],
+)
+def test_sizes_that_do_not_fit_name_the_setting(change, key):
+    with pytest.raises(ConfigError, match=key):
+        UViT(**TINY | change)
