@@ -156,7 +156,7 @@ class UnitConfig:
         known = [p.name for p in parameters if p.kind == Parameter.KEYWORD_ONLY]
         for name, value in self.options().items():
             if name not in known:
-                raise ConfigError(f"model.unit.{name}", value, f"no such option: {self.kind} takes {known}")
+                raise ConfigError(f"model.unit.{name}", value, f"no such option, as {self.kind} takes {known}")
         if self.num_cells != "default" and self.num_cells < 1:
             raise ConfigError("model.unit.num_cells", self.num_cells, "1 or more")
 

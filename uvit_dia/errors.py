@@ -10,6 +10,8 @@ from typing import Any
 class UserError(Exception):
     """Something outside the code is wrong: input, file, machine. The message is the line that people read."""
 
+    exit_code = 2
+
 
 class ConfigError(UserError):
     """A setting is wrong: `ConfigError("train.batch_size", 100, "a multiple of 8")`."""
@@ -30,10 +32,10 @@ def one_of(name: str, known: list[str]) -> str:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """The exit code of `main`: 2 after a UserError, whose line the first process of each machine prints."""
+    """The exit code of `main`; a UserError has its own, and the first process of each machine prints it."""
     try:
         return main() or 0
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code

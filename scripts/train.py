@@ -1,0 +1,144 @@
+"""Train a diffusion model: accelerate launch scripts/train.py --config FILE [--section.field value]."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from uvit_dia import checkpoint, config, trainer
+from uvit_dia.checkpoint import RunFolder
+from uvit_dia.data import Batches, load_images
+from uvit_dia.errors import UserError, run
+from uvit_dia.pipeline import UViTPipeline
+from uvit_dia.random_keys import Stream
+from uvit_dia.sampling import generate, grid
+
+DIGITS = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
+
+
+def main() -> int:
+    parser = config.run_parser(__doc__)
+    parser.add_argument(
+        "--resume", nargs="?", const="newest", help="from the newest good checkpoint, or a path"
+    )
+    argv = sys.argv[1:]
+    parsed = parser.parse_args(argv if "--config" in argv else ["--config", str(DIGITS), *argv])
+    settings = config.to_config(parser, parsed)
+    folder = RunFolder(Path(settings.output_dir))
+    if parsed.resume is None and folder.config.exists():
+        raise UserError(f"output_dir: {folder.root} holds a run; add --resume to go on, or name another")
+
+    wanted = settings.train
+    accelerator = trainer.make_accelerator(wanted.precision, wanted.trackers, folder.root)
+    state = trainer.build(wanted, settings.diffusion, settings.model, accelerator)
+    model = state.model.config
+    with accelerator.local_main_process_first():  # one process a machine downloads
+        images = load_images(settings.data, "train", model.sample_size, model.in_channels)
+    trainer.check_labels(images.num_labels, model.num_classes, model.null_label)
+    batches = Batches(
+        images, settings.data, wanted.batch_size, wanted.seed,
+        accelerator.device, accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    resume(state, folder, parsed.resume)
+    if accelerator.is_main_process:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        config.save(settings, folder.config, config.provenance())
+        folder.trim_metrics(state.step)
+    accelerator.init_trackers("tensorboard")
+    return train(state, batches, settings, folder)
+
+
+def resume(state: trainer.TrainState, folder: RunFolder, source: str | None) -> None:
+    """Load the checkpoint that the main process found, on every process; without one the run starts at 0."""
+    found = [None]
+    if source == "newest" and state.accelerator.is_main_process:
+        found = [folder.newest_good()]
+    elif source not in (None, "newest"):
+        found = [Path(source)]
+    if path := broadcast_object_list(found)[0]:
+        state.load(*checkpoint.read(path))
+        state.accelerator.print(f"going on from {path}, step {state.step}")
+
+
+def train(state: trainer.TrainState, batches: Batches, settings: config.Config, folder: RunFolder) -> int:
+    """Run the loop with everything that people want around it; returns the exit code."""
+    signals = stop_on_signals(state)
+    accelerator, every = state.accelerator, settings.train
+    main = accelerator.is_main_process
+    pause = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of a log file
+    bar = tqdm(total=every.num_steps, initial=state.step, unit="step", disable=not main, mininterval=pause)
+    started, seen = time.perf_counter(), state.step
+    saved = state.step if state.step else -1
+    for record in trainer.fit(state, batches):
+        bar.update()
+        if record.step % every.log_every == 0 or record.step == every.num_steps:
+            metrics = trainer.summary(state)
+            elapsed = time.perf_counter() - started
+            metrics["images_per_second"] = round((record.step - seen) * every.batch_size / elapsed, 1)
+            log(state, folder, metrics)
+            bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+            started, seen = time.perf_counter(), record.step
+        if record.step % every.checkpoint_every == 0:
+            save(state, folder)
+            saved = record.step
+        if every.preview_every and record.step % every.preview_every == 0 and main:
+            preview(state, settings, folder)
+    bar.close()
+    if saved != state.step:
+        save(state, folder)
+    accelerator.end_training()
+    if signals:
+        accelerator.print(f"stopped by {signals[0].name} after step {state.step}; go on with --resume")
+        return 128 + signals[0]
+    accelerator.print(f"trained {state.step} steps: {folder.root}")
+    return 0
+
+
+def stop_on_signals(state: trainer.TrainState) -> list[signal.Signals]:
+    """Have the loop finish its step, save and stop; a second Ctrl-C exits at once. Returns what came."""
+    received: list[signal.Signals] = []
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(signal.Signals(number))
+        state.stop_requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handle)
+    return received
+
+
+def log(state: trainer.TrainState, folder: RunFolder, metrics: dict[str, float]) -> None:
+    state.accelerator.log(metrics, step=int(metrics["step"]))
+    if state.accelerator.is_main_process:
+        with folder.metrics.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+def save(state: trainer.TrainState, folder: RunFolder) -> None:
+    """A checkpoint, and the averaged weights as a diffusers pipeline; the other processes wait."""
+    if state.accelerator.is_main_process:
+        keep = state.config.keep_checkpoints
+        checkpoint.save(folder.checkpoints, state.step, state.tensors(), state.info(), keep)
+        about = {"step": state.step, "ema_decay": state.config.ema_decay, "seed": state.config.seed}
+        checkpoint.export(UViTPipeline(state.ema.ema_model, state.scheduler), folder.pipeline, about)
+    state.accelerator.wait_for_everyone()
+
+
+def preview(state: trainer.TrainState, settings: config.Config, folder: RunFolder) -> None:
+    """A grid from the run's fixed preview noise; the other processes wait at the next step."""
+    pipeline = UViTPipeline(state.ema.ema_model, state.scheduler)
+    images = torch.cat([batch for _, batch in generate(pipeline, settings.sample, Stream.PREVIEWS)])
+    folder.samples.mkdir(exist_ok=True)
+    grid(images).save(folder.samples / f"step_{state.step:08d}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

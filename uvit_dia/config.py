@@ -1,0 +1,152 @@
+"""A run's Config: the parts' dataclasses joined, read from layered YAML and the command line."""
+
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from inspect import getsource, unwrap
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from uvit_dia.attention_units import UNITS
+from uvit_dia.data import DataConfig
+from uvit_dia.diffusion import DiffusionConfig
+from uvit_dia.errors import ConfigError, UserError, nearest, one_of
+from uvit_dia.evaluation import EvaluateConfig
+from uvit_dia.sampling import SampleConfig
+from uvit_dia.trainer import TrainConfig
+from uvit_dia.uvit import UViT
+
+SECTIONS = {
+    "data": DataConfig,
+    "diffusion": DiffusionConfig,
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything about a run. `model` holds the arguments of UViT."""
+
+    output_dir: str
+    model: dict[str, Any]
+    data: DataConfig
+    diffusion: DiffusionConfig
+    train: TrainConfig
+    sample: SampleConfig
+    evaluate: EvaluateConfig
+
+
+class Parser(ArgumentParser):
+    """A jsonargparse parser whose help comes from the settings' comments and whose errors are one line."""
+
+    def add_settings(self, settings: type, section: str | None = None) -> None:
+        """Options for a dataclass's fields or UViT's arguments, explained by the comments in the source."""
+        source = settings if section != "model" else unwrap(settings.__init__)
+        self.add_class_arguments(settings, section, instantiate=section != "model")
+        comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", getsource(source), flags=re.MULTILINE))
+        prefix = f"{section}." if section else ""
+        for action in self._actions:
+            if comment := comments.get(action.dest.removeprefix(prefix)):
+                action.help = comment.replace("%", "%%") if action.dest.startswith(prefix) else action.help
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise UserError(self.one_line(message))
+
+    def one_line(self, message: str) -> str:
+        """jsonargparse's message, cut to the key, what is wrong, and the nearest key that there is."""
+        if 'Parser key "model.unit"' in message or "UnitConfig" in message:
+            return self.one_line_of_unit(message)
+        keys = [action.dest for action in self._actions if action.dest not in ("help", "print_config")]
+        group = re.search(r"Group '([\w.]+)' does not accept", message)
+        unknown = (
+            re.search(r"[Oo]ption '([\w.]+)'", message)
+            or re.search(r"[Kk]ey '([\w.]+)' is not expected", message)
+            or re.search(r"unrecognized arguments: -*([\w.]+)", message)
+        )
+        if unknown:
+            name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
+            return f"{name}: no such key{nearest(name, keys)}"
+        plain_type = r'Parser key "([\w.]+)":\s*Expected a (.*?)\. Got value: (.*)'
+        union_type = r'Parser key "([\w.]+)":.*?Subtypes: \[(.*?)\]\n.*Given value: (.*)'
+        for pattern in (plain_type, union_type):
+            if wrong := re.search(pattern, message, re.DOTALL):
+                return f"{wrong[1]}: {wrong[3]!r} will not do; expected {types(wrong[2])}"
+        return message
+
+    def one_line_of_unit(self, message: str) -> str:
+        """The same for model.unit, whose message stands inside one that lists null as the other type."""
+        found = re.search(r"Errors:\s*- (.*?)\n\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
+        inner = found[1] if found else message
+        if "arguments are required: kind" in inner:
+            return f"model.unit.kind: missing; {one_of('', list(UNITS))}"
+        line = self.one_line(inner)
+        if "import path" in line:
+            return f"model.unit: expected null or a mapping with kind, one of {', '.join(UNITS)}"
+        return line if line.startswith("model.unit.") else f"model.unit.{line}"
+
+
+def types(names: str) -> str:
+    """Python's names of types as people write them."""
+    return re.sub(r"<class '(.*?)'>|typing\.", r"\1", names).replace("NoneType", "null")
+
+
+def run_parser(description: str) -> Parser:
+    """The parser of a run's Config: `--config` (layered in order), then any `--section.field value`."""
+    parser = Parser(description=description, exit_on_error=True)
+    parser.add_argument("--config", action="config", help="a YAML file; several merge field by field")
+    parser.add_argument("--output_dir", type=str, help="the run's folder; else runs/ and the config's name")
+    parser.add_settings(UViT, "model")
+    for section, settings in SECTIONS.items():
+        parser.add_settings(settings, section)
+    return parser
+
+
+def to_config(parser: Parser, parsed: Namespace) -> Config:
+    """Type and check what was parsed; ConfigError or UserError where it does not hold together."""
+    files = parsed.config or []
+    name = Path(str(files[-1])).stem if files else "digits"
+    for section in ("model", *SECTIONS):
+        if not isinstance(parsed[section], Namespace):
+            raise ConfigError(section, parsed[section], "a mapping of settings")
+    try:
+        made = parser.instantiate(parsed)
+        model = vars(made.model)
+        model["unit"] = model["unit"] and model["unit"].as_dict()
+    except (TypeError, ValueError) as error:
+        raise UserError(parser.one_line(str(error))) from error
+    sections = {section: made[section] for section in SECTIONS}
+    return Config(output_dir=parsed.output_dir or f"runs/{name}", model=model, **sections)
+
+
+def save(config: Config, path: Path, header: dict[str, str]) -> None:
+    """Write the resolved config, which `--config` reads again; the header (versions, commit) is comments."""
+    lines = [f"# {key}: {value}\n" for key, value in header.items()]
+    path.write_text("".join(lines) + yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+
+
+def load(path: Path) -> Config:
+    """The Config that `save` wrote."""
+    parser = run_parser("")
+    return to_config(parser, parser.parse_args(["--config", str(path)]))
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def provenance() -> dict[str, str]:
+    """Versions, and the commit where the code is a git checkout."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return {"commit": git.stdout.strip()} if git.returncode == 0 else {}

@@ -1,0 +1,104 @@
+"""Seeded images: image i of a seed is the same whoever draws it, on one process or many."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from uvit_dia.diffusion import SAMPLERS, make_sampler
+from uvit_dia.errors import ConfigError, one_of
+from uvit_dia.pipeline import UViTPipeline
+from uvit_dia.random_keys import Stream, torch_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How images are drawn."""
+
+    num_images: int = 64  # how many
+    sampler: Literal["ddpm", "ddim", "dpm-solver++", "unipc"] = "dpm-solver++"  # ddpm wants about 1,000 steps
+    steps: int = 50  # network evaluations an image, doubled by guidance
+    seed: int = 0  # image i of a seed is always the same
+    class_label: int | None = None  # null: all classes in turn, for a conditional model
+    guidance_scale: float = 1.0  # uncond + s (cond - uncond); 1: off
+    batch_size: int = 100  # images denoised together; another one may change the last bit of an image
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network alone
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sample.{name}", getattr(self, name), "1 or more")
+        if self.seed < 0:
+            raise ConfigError("sample.seed", self.seed, "0 or more")
+        if self.sampler not in SAMPLERS:
+            raise ConfigError("sample.sampler", self.sampler, one_of(self.sampler, list(SAMPLERS)))
+
+
+def generate(
+    pipeline: UViTPipeline,
+    config: SampleConfig,
+    stream: Stream = Stream.SAMPLING,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of config.num_images, in batches: indices (k,) and uint8 images (k, C, H, W).
+
+    Batches are the same whatever the number of processes, which take them in turn. Noise comes from one
+    generator an image, on the CPU.
+    """
+    pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    device = pipeline.device
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    for start in range(rank * config.batch_size, config.num_images, world * config.batch_size):
+        indices = torch.arange(start, min(start + config.batch_size, config.num_images))
+        with torch.autocast(device.type, dtype, enabled=config.precision != "fp32"):
+            images = pipeline(
+                len(indices),
+                class_labels=labels(pipeline, config, indices),
+                guidance_scale=config.guidance_scale,
+                num_inference_steps=config.steps,
+                generator=[torch_generator(config.seed, stream, int(i)) for i in indices],
+                output_type="pt",
+            ).images
+        yield indices, (images * 255).round().to(torch.uint8).cpu()
+
+
+def labels(pipeline: UViTPipeline, config: SampleConfig, indices: Tensor) -> Tensor | None:
+    """Image i's label: the one asked for, or class i mod their number."""
+    num_classes, null_label = pipeline.unet.config.num_classes, pipeline.unet.config.null_label
+    if config.class_label is not None:
+        if num_classes is None or not 0 <= config.class_label < num_classes:
+            expected = "null: the model has no classes" if num_classes is None else f"0 to {num_classes - 1}"
+            raise ConfigError("sample.class_label", config.class_label, expected)
+        return torch.full_like(indices, config.class_label)
+    if num_classes is None:
+        return None
+    classes = torch.tensor([c for c in range(num_classes) if c != null_label])
+    return classes[indices % len(classes)]
+
+
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """One picture of uint8 images (n, C, H, W): small ones are enlarged, for people to see."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    scale = max(1, 64 // images.shape[-1])
+    images = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    sheet = make_grid(images, nrow=columns, padding=2, pad_value=128)  # (3, H, W)
+    return Image.fromarray(rearrange(sheet, "c h w -> h w c").numpy())
+
+
+def save_images(images: Tensor, indices: Tensor, folder: Path) -> None:
+    """Write uint8 images (n, C, H, W) as folder/000123.png, numbered by their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in zip(indices.tolist(), images, strict=True):
+        array = rearrange(image, "c h w -> h w c").numpy()
+        Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(
+            folder / f"{index:06d}.png"
+        )

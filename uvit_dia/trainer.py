@@ -1,0 +1,452 @@
+"""Training under accelerate: `build(...)` makes a TrainState, `fit(state, batches)` yields one record a step.
+
+The loop knows nothing of printing, saving or previews. No step waits for the host: a loss or gradient that is
+not finite raises a flag on the device that masks every later optimizer step; the host reads it now and then.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
+from diffusers import DDPMScheduler
+from ema_pytorch import EMA
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from uvit_dia.checkpoint import BadCheckpoint, Tensors
+from uvit_dia.data import Batch, Batches
+from uvit_dia.diffusion import DiffusionConfig, denoising_loss, make_scheduler
+from uvit_dia.errors import ConfigError, UserError
+from uvit_dia.random_keys import Stream, torch_generator
+from uvit_dia.uvit import UViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimizer steps. The defaults are the official CIFAR-10 recipe."""
+
+    num_steps: int = 500_000  # optimizer steps, whatever the number of processes
+    batch_size: int = 128  # images of one optimizer step, over all processes
+    num_accumulation_steps: int = 1  # parts in which a process takes its share, for memory
+    seed: int = 0  # of the weights, the data's order, noise, timesteps, flips and label drop
+    learning_rate: float = 2e-4  # after warm-up
+    warmup_steps: int = 2_500  # of linear warm-up; 0: none
+    decay: Literal["none", "cosine"] = "none"  # after warm-up: constant, or a half cosine to 0 at num_steps
+    betas: tuple[float, float] = (0.99, 0.999)  # of AdamW
+    weight_decay: float = 0.03  # on all parameters
+    max_grad_norm: float | None = None  # gradients are scaled down to this norm; null: no clipping
+    ema_decay: float = 0.9999  # of the averaged weights that are sampled
+    label_drop: float = 0.0  # share of labels replaced by model.null_label, for guidance
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; images, noise, weights are fp32
+    compile: bool = False  # torch.compile the network; needs a C++ compiler on a CPU
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
+    deterministic: bool = False  # bit-exact resume on a GPU too, slower
+    log_every: int = 50  # steps between reads of the metrics
+    checkpoint_every: int = 10_000  # steps between checkpoints
+    keep_checkpoints: int = 3  # the newest ones that stay
+    preview_every: int = 10_000  # steps between sample grids; 0: none
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # accelerate's names, e.g. wandb
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "num_accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}", getattr(self, name), "1 or more")
+        for name in ("num_steps", "seed", "warmup_steps", "preview_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}", getattr(self, name), "0 or more")
+        for name in ("ema_decay", "label_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}", getattr(self, name), "0 or more and less than 1")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ConfigError("train.max_grad_norm", self.max_grad_norm, "null or more than 0")
+        if not self.learning_rate > 0:
+            raise ConfigError("train.learning_rate", self.learning_rate, "more than 0")
+
+
+class TrainingDiverged(UserError):
+    """Numbers that are not finite ended the run; the last checkpoint is good."""
+
+    exit_code = 3
+
+
+class Record(NamedTuple):
+    """One step: `step` counts from 1; loss (this process's share) and grad_norm are scalars on the device."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+
+
+class SpikeCounter:
+    """A spike is a loss above the median of the last 200 by more than 6 robust deviations (1.4826 MAD)."""
+
+    def __init__(self, window: int = 200, threshold: float = 6.0) -> None:
+        self.count, self.threshold = 0, threshold
+        self.losses: deque[float] = deque(maxlen=window)
+
+    def add(self, loss: float) -> None:
+        if len(self.losses) >= 20:  # fewer say nothing of the spread
+            middle = median(self.losses)
+            deviation = 1.4826 * median(abs(x - middle) for x in self.losses)
+            self.count += loss > middle + self.threshold * deviation
+        self.losses.append(loss)
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes, and what it needs at hand."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: UViT  # the bare network: its weights are what is trained
+    network: nn.Module  # the same, prepared by accelerate: what is called
+    optimizer: AcceleratedOptimizer
+    ema: EMA
+    scheduler: DDPMScheduler
+    gamma: float | None  # diffusion.min_snr_gamma
+    first_bad: Tensor  # on the device: the first step with a number that is not finite; -1: none
+    step: int = 0  # optimizer steps taken
+    unread: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (loss, grad_norm) still on the device
+    interval: list[list[float]] = field(default_factory=list)  # the same, read, since the last summary
+    spikes: SpikeCounter = field(default_factory=SpikeCounter)
+    stop_requested: bool = False  # set from a signal handler; all processes agree on it when metrics are read
+
+    def tensors(self) -> Tensors:
+        """What a checkpoint holds, by file."""
+        names = [name for name, _ in self.model.named_parameters()]
+        moments = self.optimizer.state_dict()["state"]
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.ema_model.state_dict(),
+            "optimizer": {f"{names[i]}/{key}": v for i, m in moments.items() for key, v in m.items()},
+        }
+
+    def info(self) -> dict[str, Any]:
+        """The rest of what a checkpoint holds, as JSON."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": dict(self.model.config),
+            "ema_step": int(self.ema.step),
+            "interval": self.interval,
+            "spikes": {"count": self.spikes.count, "losses": list(self.spikes.losses)},
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+
+    def load(self, tensors: Tensors, info: dict[str, Any]) -> None:
+        """Go on exactly where tensors and info were taken; BadCheckpoint if they are another model's."""
+        check_same_model(dict(self.model.config), info["model"])
+        self.model.load_state_dict(tensors["model"])
+        self.ema.ema_model.load_state_dict(tensors["ema"])
+        self.ema.step.fill_(info["ema_step"])
+        self.ema.initted.fill_(info["ema_step"] > 0)
+        numbers = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            name, kind = key.rsplit("/", 1)
+            moments.setdefault(numbers[name], {})[kind] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if self.accelerator.scaler and info["scaler"]:
+            self.accelerator.scaler.load_state_dict(info["scaler"])
+        self.step = info["step"]
+        self.interval = info["interval"]
+        self.spikes.count = info["spikes"]["count"]
+        self.spikes.losses.extend(info["spikes"]["losses"])
+
+
+def check_same_model(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for key in sorted(ours.keys() & theirs.keys()):
+        here, there = (json_like(model[key]) for model in (ours, theirs))
+        if not key.startswith("_") and here != there:
+            raise BadCheckpoint(
+                f"the checkpoint is another model's: model.{key} is {there} there and {here} here"
+            )
+
+
+def json_like(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def make_accelerator(
+    precision: str, trackers: list[str] | None = None, project_dir: Path | None = None
+) -> Accelerator:
+    """The accelerator of a script. On a CPU it undoes the launcher's default of one thread a process."""
+    installed = [tracker.value for tracker in get_available_trackers()]
+    for name in trackers or []:
+        if name not in installed:
+            raise ConfigError(
+                "train.trackers", name, f"an installed one of accelerate's: {', '.join(installed)}"
+            )
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=trackers,
+        project_dir=project_dir,
+        kwargs_handlers=[ddp],
+    )
+    if accelerator.device.type == "cpu":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+    return accelerator
+
+
+def check_divides(config: TrainConfig, num_processes: int) -> None:
+    parts = num_processes * config.num_accumulation_steps
+    if config.batch_size % parts:
+        what = f"{num_processes} processes x {config.num_accumulation_steps} accumulation steps"
+        raise ConfigError("train.batch_size", config.batch_size, f"a multiple of {parts} ({what})")
+
+
+def check_labels(num_labels: int | None, num_classes: int | None, null_label: int | None) -> None:
+    """ConfigError where a conditional model and the labels of a data set do not go together."""
+    if num_classes is None:
+        return
+    if num_labels is None:
+        raise ConfigError("model.num_classes", num_classes, "null, as the data has no labels")
+    if num_labels > num_classes - (null_label is not None):
+        room = "one row a label" + (" and one for null_label" if null_label is not None else "")
+        raise ConfigError("model.num_classes", num_classes, f"{room}: the data has {num_labels} labels")
+
+
+def build(
+    config: TrainConfig, diffusion: DiffusionConfig, model_settings: dict[str, Any], accelerator: Accelerator
+) -> TrainState:
+    """A TrainState at step 0: the same weights on every process and machine of one kind for one seed."""
+    check_divides(config, accelerator.num_processes)
+    if config.label_drop and model_settings.get("null_label") is None:
+        raise ConfigError("train.label_drop", config.label_drop, "0 for a model without model.null_label")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed)
+    model = UViT(**model_settings).to(accelerator.device)
+    # Built on the bare model: it matches by name, and a wrapper's prefix would keep it from ever updating.
+    ema = EMA(
+        model,
+        beta=config.ema_decay,
+        min_value=config.ema_decay,
+        update_every=1,
+        update_after_step=0,
+        include_online_model=False,
+        use_foreach=True,
+    )
+    ema.eval()
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.compile:
+        model.compile()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    network, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = make_scheduler(diffusion)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
+    first_bad = torch.full((), -1, dtype=torch.long, device=accelerator.device)
+    return TrainState(
+        config, accelerator, model, network, optimizer, ema, scheduler, diffusion.min_snr_gamma, first_bad
+    )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of the optimizer step after `step` steps."""
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    if config.decay == "none":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    return config.learning_rate * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def fit(state: TrainState, batches: Batches) -> Iterator[Record]:
+    """Train from state.step to num_steps, or until state.stop_requested; yields after each optimizer step.
+
+    TrainingDiverged names the step and the first bad module once the host has read of such a number.
+    """
+    config, alone = state.config, state.accelerator.num_processes == 1
+    stream = batches.from_step(state.step)
+    state.network.train()
+    while state.step < config.num_steps:
+        loss, grad_norm = train_step(state, next(stream))
+        state.step += 1
+        state.unread.append((loss, grad_norm))
+        reads = state.step % config.log_every == 0 or state.step % config.checkpoint_every == 0
+        stop = state.stop_requested
+        if reads or state.step == config.num_steps or (alone and stop):
+            first_bad, stop = agree(state)
+            if first_bad >= 0:
+                raise TrainingDiverged(explain(state, batches, first_bad))
+        yield Record(state.step, loss, grad_norm, learning_rate(config, state.step - 1))
+        if stop and (reads or alone):
+            return
+
+
+def train_step(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
+    """One optimizer step on this process's share of the batch; returns its loss and the gradient norm."""
+    config, accelerator = state.config, state.accelerator
+    noise, t, labels = draw(state, batch)
+    size = len(batch.images) // config.num_accumulation_steps
+    loss = torch.zeros((), device=accelerator.device)
+    for i in range(config.num_accumulation_steps):
+        part = slice(i * size, (i + 1) * size)
+        last = i == config.num_accumulation_steps - 1
+        with nullcontext() if last else accelerator.no_sync(state.network):
+            inputs = [x if x is None else x[part] for x in (batch.images, noise, t, labels)]
+            micro = loss_of(state, *inputs) / config.num_accumulation_steps
+            # After a loss that is not finite every gradient is nan, on every process: none takes the step.
+            good = torch.isfinite(micro.detach()) & (state.first_bad < 0)
+            accelerator.backward(micro * torch.where(good, 1.0, math.nan))
+        loss += micro.detach()
+    return loss, optimizer_step(state, loss)
+
+
+def loss_of(state: TrainState, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    x_t = state.scheduler.add_noise(x0, noise, t)
+    prediction = state.network(x_t, t, labels).sample
+    return denoising_loss(prediction, state.scheduler, state.gamma, x0, noise, t)
+
+
+def draw(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Noise (b, C, H, W), timesteps (b,), labels (b,) after label drop: drawn for the global batch, sliced."""
+    config, accelerator = state.config, state.accelerator
+    total, device = config.batch_size, accelerator.device
+    share = total // accelerator.num_processes
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+
+    def generator(stream: Stream) -> torch.Generator:
+        return torch_generator(config.seed, stream, batch.step, device)
+
+    shape = (total, *batch.images.shape[1:])
+    noise = torch.randn(shape, generator=generator(Stream.NOISE), device=device)[mine]
+    num_timesteps = state.scheduler.config.num_train_timesteps
+    t = torch.randint(num_timesteps, (total,), generator=generator(Stream.TIMESTEPS), device=device)[mine]
+    if state.model.config.num_classes is None:
+        return noise, t, None
+    labels = batch.labels
+    if config.label_drop:
+        drop = (
+            torch.rand(total, generator=generator(Stream.LABEL_DROP), device=device)[mine] < config.label_drop
+        )
+        labels = torch.where(drop, state.model.config.null_label, labels)
+    return noise, t, labels
+
+
+def optimizer_step(state: TrainState, loss: Tensor) -> Tensor:
+    """Clip, step and average, unless something was not finite; returns the norm before clipping."""
+    config, accelerator, optimizer = state.config, state.accelerator, state.optimizer
+    if accelerator.scaler:
+        accelerator.unscale_gradients(optimizer)
+    parameters = list(state.model.parameters())
+    grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if config.max_grad_norm is not None:
+        clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+    bad = ~torch.isfinite(loss)
+    if (
+        not accelerator.scaler
+    ):  # with loss scaling a gradient that overflows is routine, and the scaler skips it
+        bad |= ~torch.isfinite(grad_norm)
+    state.first_bad = torch.where(bad & (state.first_bad < 0), state.step, state.first_bad)
+    if not accelerator.scaler:
+        optimizer.optimizer.found_inf = (
+            state.first_bad >= 0
+        ).float()  # fused AdamW then leaves the weights alone
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state.ema.update()
+    return grad_norm
+
+
+def agree(state: TrainState) -> tuple[int, bool]:
+    """Wait; read the metrics, and what all processes know: the first bad step (-1: none), whether to stop."""
+    values = torch.stack([torch.stack(pair).float() for pair in state.unread])  # (steps, 2)
+    state.interval += state.accelerator.reduce(values, reduction="mean").tolist()
+    state.unread.clear()
+    stop = torch.full_like(state.first_bad, int(state.stop_requested))
+    flags = state.accelerator.gather(torch.stack([state.first_bad, stop])[None])  # (processes, 2)
+    first_bad, stop = flags.max(dim=0).values.tolist()
+    scaler = state.accelerator.scaler
+    if scaler and scaler.get_scale() < 1e-3:
+        raise TrainingDiverged(
+            f"step {state.step}: the fp16 loss scale fell to {scaler.get_scale():g}; "
+            "use train.precision bf16 or a lower train.learning_rate"
+        )
+    return first_bad, bool(stop)
+
+
+def summary(state: TrainState) -> dict[str, float]:
+    """Mean loss and gradient norm of the steps since the last summary, which fit has read; counts spikes."""
+    losses, norms = zip(*state.interval, strict=True)
+    state.interval.clear()
+    for loss in losses:
+        state.spikes.add(loss)
+    return {
+        "step": state.step,
+        "images": state.step * state.config.batch_size,
+        "loss": sum(losses) / len(losses),
+        "grad_norm": sum(norms) / len(norms),
+        "lr": learning_rate(state.config, state.step - 1),
+        "spikes": state.spikes.count,
+    }
+
+
+def explain(state: TrainState, batches: Batches, step: int) -> str:
+    """Replay a bad step, whose weights the mask has kept, and name where the first bad number arose."""
+    batch = next(batches.from_step(step))
+    where = "another process's share of the batch"
+    if not torch.isfinite(batch.images).all():
+        where = "the images"
+    elif bad := [name for name, p in state.model.named_parameters() if not torch.isfinite(p).all()]:
+        where = f"the weight {bad[0]}"
+    elif bad := bad_outputs(state, batch):
+        where = f"the output of {bad[0]}"
+    elif bad := [
+        n for n, p in state.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+    ]:
+        where = f"the gradient of {bad[-1]}"  # the backward pass comes to the last one first
+    return f"step {step + 1}: not finite in {where}; the last checkpoint is good"
+
+
+def bad_outputs(state: TrainState, batch: Batch) -> list[str]:
+    """The modules whose outputs are not finite, in the order of the forward pass; gradients stay in place."""
+    found: list[str] = []
+
+    def look(module: nn.Module, args: Any, output: Any, name: str) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        if any(isinstance(x, Tensor) and not x.isfinite().all() for x in outputs):
+            found.append(name)
+
+    hooks = [m.register_forward_hook(partial(look, name=n)) for n, m in state.model.named_modules() if n]
+    compiled, state.model._compiled_call_impl = (
+        state.model._compiled_call_impl,
+        None,
+    )  # compiled code runs no hooks
+    state.model.zero_grad()
+    loss_of(replace(state, network=state.model), batch.images, *draw(state, batch)).backward()
+    state.model._compiled_call_impl = compiled
+    for hook in hooks:
+        hook.remove()
+    return found
