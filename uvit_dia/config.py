@@ -44,6 +44,9 @@ class Config:
 class Parser(ArgumentParser):
     """A jsonargparse parser whose help comes from the settings' comments and whose errors are one line."""
 
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        super().__init__(description=description, allow_abbrev=False, **options)
+
     def add_settings(self, settings: type, section: str | None = None) -> None:
         """Options for a dataclass's fields or UViT's arguments, explained by the comments in the source."""
         source = settings if section != "model" else unwrap(settings.__init__)
@@ -97,7 +100,7 @@ def types(names: str) -> str:
 
 def run_parser(description: str) -> Parser:
     """The parser of a run's Config: `--config` (layered in order), then any `--section.field value`."""
-    parser = Parser(description=description, exit_on_error=True)
+    parser = Parser(description)
     parser.add_argument("--config", action="config", help="a YAML file; several merge field by field")
     parser.add_argument("--output_dir", type=str, help="the run's folder; else runs/ and the config's name")
     parser.add_settings(UViT, "model")

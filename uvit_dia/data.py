@@ -22,8 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import ConfigError, UserError, nearest
-from .random_keys import Stream, numpy_generator
+from uvit_dia.errors import ConfigError, UserError, nearest, one_of
+from uvit_dia.random_keys import Stream, numpy_generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 CHUNK = 512  # images decoded at a time when a whole set is read
@@ -35,9 +35,7 @@ class DataConfig:
 
     dataset: Literal["digits", "cifar10", "folder", "hub"] = "digits"  # folder and hub need data.path
     path: str | None = None  # folder: of images; hub: a name, folder or .parquet; cifar10: where to keep it
-    train_split: str = (
-        "train"  # hub: a split or slice ("train[:95%]"); folder: a sub-folder, if it has splits
-    )
+    train_split: str = "train"  # hub: a split or slice ("train[:95%]"); folder: a sub-folder, if there is one
     test_split: str | None = "test"  # held out for anchors, named in the same way; null: nothing is
     image_column: str | None = None  # hub: the column of images; null: the first of that type
     label_column: str | None = None  # hub: the column of class numbers; null: "label" if it holds some
@@ -47,7 +45,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.dataset not in SOURCES:
-            raise unknown("data.dataset", self.dataset, "a kind of data set", list(SOURCES))
+            raise ConfigError("data.dataset", self.dataset, one_of(str(self.dataset), list(SOURCES)))
         if self.dataset in ("folder", "hub") and not self.path:
             raise ConfigError("data.path", self.path, f"a path, which data.dataset {self.dataset} needs")
         if self.dataset == "digits" and self.path is not None:
@@ -75,23 +73,22 @@ class ImageSet(Dataset):
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.__getitems__([range(len(self))[i]])[0]  # IndexError past the end
+        i = range(len(self))[i]  # IndexError past the end
+        return self.decode([i])[0], int(self.labels[i])
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """What DataLoader asks for: a batch, since a data set on disk reads rows faster by the batch."""
-        rows = zip(indices, self.rows[indices], strict=True)
-        return [(self.decode(i, row), int(self.labels[i])) for i, row in rows]
-
-    def decode(self, i: int, row: Any) -> Tensor:
+    def decode(self, indices: Sequence[int]) -> Tensor:
+        """The images of these numbers, uint8 (b, C, H, W)."""
         channels, size, _ = self.shape
-        try:
-            pixels = decode(row, size, channels)
-        except Exception as error:  # Pillow's decoders raise some ten types
-            where = row if isinstance(row, str) else f"row {i} of {self.name}"
-            alien = isinstance(error, UnidentifiedImageError)  # its text is the address of a buffer
-            reason = "no format that Pillow knows" if alien else error
-            raise UserError(f"{where} can't be decoded as an image ({reason}); mend or remove it") from None
-        return torch.from_numpy(pixels.reshape(size, size, channels).transpose(2, 0, 1).copy())  # (C, H, W)
+        pixels = np.empty((len(indices), size, size, channels), np.uint8)
+        for j, row in enumerate(self.rows[indices]):
+            try:
+                pixels[j] = decode(row, size, channels).reshape(size, size, channels)
+            except Exception as error:  # Pillow's decoders raise some ten types
+                where = row if isinstance(row, str) else f"row {indices[j]} of {self.name}"
+                alien = isinstance(error, UnidentifiedImageError)  # its text is the address of a buffer
+                why = "no format that Pillow knows" if alien else error
+                raise UserError(f"{where} can't be decoded as an image ({why}); mend or remove it") from None
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
 Split = Literal["train", "test"]
@@ -165,15 +162,16 @@ def folder(config: DataConfig, split: Split, chosen: str) -> Source:
 
     Splits are sub-folders too; where there is none for "train", the whole folder is the training set.
     """
-    root = Path(config.path).expanduser()
+    root = Path(config.path).expanduser().absolute()
     if not root.is_dir():
         raise ConfigError("data.path", config.path, f"a folder of images{nearest_file(root)}")
     name, has_splits = f"{root.name}/{split}", (root / config.train_split).is_dir()
     if has_splits and (root / chosen).is_dir():
         root = root / chosen
-    elif has_splits or split == "test" or chosen != DataConfig.train_split:
-        known = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        raise unknown(f"data.{split}_split", chosen, f"a sub-folder of {root}", known, MissingSplit)
+    elif split == "test" or chosen != DataConfig.train_split:
+        key, missing = (split, chosen) if has_splits else ("train", config.train_split)
+        known = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) or ["(there are none)"]
+        raise MissingSplit(f"data.{key}_split", missing, f"a folder in {root}, {one_of(missing, known)}")
     paths = sorted(
         os.path.relpath(os.path.join(parent, file), root)
         for parent, _, files in os.walk(root, followlinks=True)
@@ -192,8 +190,8 @@ def hub(config: DataConfig, split: Split, chosen: str) -> Source:
     try:
         import datasets
     except ImportError:
-        raise ConfigError("data.dataset", "hub", "its package: pip install 'uvit_dia[hub]'") from None
-    path = Path(config.path).expanduser()
+        raise ConfigError("data.dataset", "hub", "its package by pip install 'uvit_dia[hub]'") from None
+    path = Path(config.path).expanduser().absolute()
     where = {"path": str(path) if path.exists() else config.path}
     if path.suffix == ".parquet" and path.is_file():
         where = {"path": "parquet", "data_files": str(path)}
@@ -207,9 +205,9 @@ def hub(config: DataConfig, split: Split, chosen: str) -> Source:
         expected = f"a data set on the Hub, or a folder or .parquet on disk ({error}){nearest_file(path)}"
         raise ConfigError("data.path", config.path, expected) from None
     if table is None:
-        raise unknown(f"data.{split}_split", chosen, f"a split of {config.path}", known, MissingSplit)
-    name = f"{path.stem if path.exists() else config.path}/{chosen}"
-    return name, HubColumn(table, config.image_column), *hub_labels(table, config.label_column)
+        raise MissingSplit(f"data.{split}_split", chosen, one_of(chosen, known))
+    name = path.name.removesuffix(".parquet") if path.exists() else config.path
+    return f"{name}/{chosen}", HubColumn(table, config.image_column), *hub_labels(table, config.label_column)
 
 
 class HubColumn:
@@ -223,8 +221,8 @@ class HubColumn:
         try:
             self.table = table.select_columns([self.column]).cast_column(self.column, Image(decode=False))
         except Exception:  # of many types, for a column that is not there or holds something else
-            expected = "the name of a column of images"
-            raise unknown("data.image_column", column, expected, table.column_names) from None
+            expected = f"a column of images, {one_of(str(column), table.column_names)}"
+            raise ConfigError("data.image_column", column, expected) from None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -244,7 +242,8 @@ def hub_labels(table: Any, column: str | None) -> tuple[np.ndarray | None, int |
             return labels, num_classes or int(labels.max(initial=0)) + 1
     if column is None:
         return None, None
-    raise unknown("data.label_column", column, "a column of class numbers, 0 or more", table.column_names)
+    expected = f"a column of class numbers from 0, {one_of(column, table.column_names)}"
+    raise ConfigError("data.label_column", column, expected)
 
 
 SOURCES = {"digits": digits, "cifar10": cifar10, "folder": folder, "hub": hub}
@@ -252,11 +251,6 @@ SOURCES = {"digits": digits, "cifar10": cifar10, "folder": folder, "hub": hub}
 
 class MissingSplit(ConfigError):
     """There is no split of that name."""
-
-
-def unknown(key: str, value: Any, what: str, known: list[str], kind: type = ConfigError) -> ConfigError:
-    """The error of a name that is not among those `known`: lists them and offers the nearest."""
-    return kind(key, value, f"{what}; there are {known}{nearest(str(value), known)}")
 
 
 def nearest_file(path: Path) -> str:
@@ -295,8 +289,6 @@ def decode(row: np.ndarray | bytes | str, sample_size: int, in_channels: int) ->
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode not in ("1", "L"):
-            image = image.convert("RGB")  # not every mode turns grey in one step
         image = image.convert("L" if in_channels == 1 else "RGB")
     scale = sample_size / min(image.size)
     if scale != 1:
@@ -306,18 +298,33 @@ def decode(row: np.ndarray | bytes | str, sample_size: int, in_channels: int) ->
     return np.asarray(image.crop((left, top, left + sample_size, top + sample_size)))
 
 
+class Decoder(Dataset):
+    """What a worker runs. A UserError travels as a value: DataLoader would bury its line in a traceback."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor | UserError:
+        try:
+            return self.images.decode(indices)
+        except UserError as error:
+            return error
+
+
 def read(images: ImageSet, batches: Iterable[Sequence[int]], num_workers: int, pin: bool) -> Iterator[Tensor]:
     """The pixels of each batch of numbers, uint8 (b, C, H, W). Closing the iterator ends its workers."""
     options = {"num_workers": num_workers, "pin_memory": pin, "worker_init_fn": ignore_interrupt}
     options["generator"] = torch.Generator()  # else it draws from the global one
     with warnings.catch_warnings():  # of more workers than cores
         warnings.simplefilter("ignore")
-        loaded = iter(DataLoader(images, batch_sampler=batches, **options))
+        loaded = iter(DataLoader(Decoder(images), sampler=batches, batch_size=None, **options))
     try:
-        for pixels, _ in loaded:
+        for pixels in loaded:
+            if isinstance(pixels, UserError):
+                raise pixels
             yield pixels
-    except UserError as error:  # a worker's comes at the end of its traceback
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    finally:
+        del loaded  # the traceback of an error keeps this frame, which must not keep the workers
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -328,9 +335,7 @@ def ignore_interrupt(worker: int) -> None:
 def read_all(images: ImageSet) -> Iterator[Tensor]:
     """The pixels of the whole set in order, uint8 (CHUNK or less, C, H, W)."""
     every = range(len(images))
-    num_workers = min(
-        images.num_workers, len(every) // 2_000
-    )  # starting one costs about as many small images
+    num_workers = min(images.num_workers, len(every) // 2_000)  # one starts in the time of 2,000 small images
     return read(images, [every[i : i + CHUNK] for i in every[::CHUNK]], num_workers, pin=False)
 
 
@@ -405,9 +410,7 @@ class Batches:
             batches, on_gpu = map(self.indices, count(step)), self.device.type == "cuda"
             streamed = read(self.images, batches, self.images.num_workers, pin=on_gpu)
         for s in count(step):
-            packed = self.to_device(
-                torch.from_numpy(2 * self.indices(s) + self.flips(s))
-            )  # one copy for both
+            packed = self.to_device(torch.from_numpy(2 * self.indices(s) + self.flips(s)))  # both in one copy
             index, flip = packed >> 1, (packed & 1).bool()  # (b,)
             pixels = self.to_device(next(streamed)) if self.pixels is None else self.pixels[index]
             x = pixels.float().div_(127.5).sub_(1)  # (b, C, H, W)

@@ -27,8 +27,9 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm import tqdm
 
-from .errors import ConfigError, UserError
+from uvit_dia.errors import ConfigError, UserError
 
+Device = torch.device | str
 INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
 LAYERS = {INCEPTION: ["2048", "logits_unbiased"], LITE0: ["1280", "logits"]}  # features, logits
 NUM_SPLITS = 10  # the Inception score is a mean over ten splits: with fewer images than that, one is empty
@@ -152,7 +153,7 @@ def extractor_hash(config: EvaluateConfig) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_extractor(config: EvaluateConfig, device: torch.device | str) -> FeatureExtractorBase:
+def load_extractor(config: EvaluateConfig, device: Device) -> FeatureExtractorBase:
     """The frozen extractor on `device`: from uint8 (b, 3, H, W) to (features, logits), float32.
 
     ConfigError: the weights file is missing or not this extractor's. UserError: Inception can't be fetched.
@@ -183,7 +184,7 @@ def extract(
     extractor: FeatureExtractorBase,
     images: Iterable[Tensor] | Tensor,
     batch_size: int,
-    device: torch.device | str,
+    device: Device,
     progress: int | None = None,
 ) -> Features:
     """Features of uint8 images (b, C, H, W), C = 3 or 1 (repeated), one tensor or batches of any size.
@@ -225,7 +226,7 @@ def gather(local: Features, indices: Tensor) -> Features:
 
 
 def score(
-    generated: Features, reference: Features, config: EvaluateConfig, device: str = "cpu"
+    generated: Features, reference: Features, config: EvaluateConfig, device: Device = "cpu"
 ) -> dict[str, float]:
     """The metrics of generated images against real ones, as torch-fidelity computes them.
 
@@ -257,7 +258,11 @@ def score(
 
 
 def score_anchor(
-    held_out: Features, reference: Features, num_generated: int, config: EvaluateConfig, device: str = "cpu"
+    held_out: Features,
+    reference: Features,
+    num_generated: int,
+    config: EvaluateConfig,
+    device: Device = "cpu",
 ) -> dict[str, Any]:
     """What held-out real images score against the same reference: {metrics, num_images, comparable, reason}.
 
@@ -335,7 +340,7 @@ def make_card(
     if fewest < 10_000:
         notes += ["Under 10,000 images KID is the headline: the Frechet distance is biased upward there."]
     if config.extractor != INCEPTION:
-        notes += [f"On {config.extractor} the Frechet distance is not FID, nor is the Inception score usual."]
+        notes += [f"On {config.extractor} the Frechet distance is not FID: compare only with its like."]
     if anchor and not anchor["comparable"]:
         notes += [f"The anchor is not comparable: {anchor['reason']}."]
     return {

@@ -1,10 +1,11 @@
 """Seeded images: image i of a seed is the same whoever draws it, on one process or many."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -12,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from uvit_dia.checkpoint import RunFolder
 from uvit_dia.diffusion import SAMPLERS, make_sampler
-from uvit_dia.errors import ConfigError, one_of
+from uvit_dia.errors import ConfigError, UserError, one_of
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream, torch_generator
 
@@ -39,6 +41,26 @@ class SampleConfig:
             raise ConfigError("sample.seed", self.seed, "0 or more")
         if self.sampler not in SAMPLERS:
             raise ConfigError("sample.sampler", self.sampler, one_of(self.sampler, list(SAMPLERS)))
+
+
+def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline, dict[str, Any]]:
+    """The pipeline of a run's folder, a pipeline's folder or a Hub id, and what its training.json says.
+
+    UserError where there is none. Weights are safetensors and no code of the source is run.
+    """
+    folders = (RunFolder(Path(source)).pipeline, Path(source))
+    found = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
+    if found is None and Path(source).exists():
+        raise UserError(
+            f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline's folder"
+        )
+    try:
+        pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)
+    except Exception as error:
+        raise UserError(f"{source}: no run, pipeline or Hub id that can be loaded ({error})") from error
+    about = found / "training.json" if found else None
+    pipeline.unet.eval()
+    return pipeline.to(device), json.loads(about.read_text()) if about and about.is_file() else {}
 
 
 def generate(

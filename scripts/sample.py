@@ -1,0 +1,58 @@
+"""Draw images: python scripts/sample.py RUN_OR_PIPELINE_OR_HUB_ID --num_images 64 --grid out.png --dir images/."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from uvit_dia import config
+from uvit_dia.checkpoint import RunFolder
+from uvit_dia.errors import UserError, run
+from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline, save_images
+from uvit_dia.trainer import make_accelerator
+
+
+def main() -> int:
+    parser = config.Parser(__doc__)
+    parser.add_argument("source", help="a run's folder, a pipeline's folder, or a Hub id")
+    parser.add_argument("--grid", help="write one picture of the images, at most 256 of them")
+    parser.add_argument("--dir", help="write each image as DIR/000000.png, numbered by index")
+    parser.add_settings(SampleConfig)
+    given = parser.parse_args(defaults=False)
+    if not ("grid" in given or "dir" in given):
+        raise UserError("nothing to write: add --grid out.png, --dir images/ or both")
+    settings = sample_settings(given.source, given.as_dict())
+
+    accelerator = make_accelerator(settings.precision)
+    pipeline, _ = load_pipeline(given.source, accelerator.device)
+    shown = []
+    pieces = generate(pipeline, settings, rank=accelerator.process_index, world=accelerator.num_processes)
+    with tqdm(total=settings.num_images, unit="image", disable=not accelerator.is_main_process) as bar:
+        for indices, images in pieces:
+            if "dir" in given:
+                save_images(images, indices, Path(given.dir))
+            shown += [pair for pair in zip(indices.tolist(), images, strict=True) if pair[0] < 256]
+            bar.update(len(indices) * accelerator.num_processes)
+    shown = sorted(gather_object(shown), key=lambda pair: pair[0])
+    if "grid" in given and accelerator.is_main_process:
+        Path(given.grid).parent.mkdir(parents=True, exist_ok=True)
+        grid(torch.stack([image for _, image in shown])).save(given.grid)
+    accelerator.print(" ".join(given[name] for name in ("grid", "dir") if name in given))
+    accelerator.end_training()
+    return 0
+
+
+def sample_settings(source: str, given: dict) -> SampleConfig:
+    """The run's own `sample` settings, if the source is a run, with those given on the command line over them."""
+    known = RunFolder(Path(source)).config
+    base = asdict(config.load(known).sample) if known.is_file() else {}
+    return SampleConfig(
+        **base | {key: value for key, value in given.items() if key in SampleConfig.__annotations__}
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
