@@ -127,7 +127,7 @@ def save(state: trainer.TrainState, folder: RunFolder) -> None:
     if state.accelerator.is_main_process:
         keep = state.config.keep_checkpoints
         checkpoint.save(folder.checkpoints, state.step, state.tensors(), state.info(), keep)
-        about = {"step": state.step, "ema_decay": state.config.ema_decay, "seed": state.config.seed}
+        about = {"step": state.step, "ema_decay": state.config.ema_decay, "training_seed": state.config.seed}
         checkpoint.export(UViTPipeline(state.ema.ema_model, state.scheduler), folder.pipeline, about)
     state.accelerator.wait_for_everyone()
 

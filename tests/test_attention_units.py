@@ -86,7 +86,7 @@ def test_a_fresh_dia_lstm_shrinks_by_about_a_quarter_and_gate_scale_4_undoes_it(
 
 
 def test_stacked_cells_keep_a_state_each_and_the_top_one_gates():
-    shared = SharedUnit(UnitConfig(kind="dia_lstm", num_cells=3), 16, num_extra=0)
+    shared = SharedUnit(UnitConfig(kind="dia_lstm", num_cells=3), 16)
     x = torch.randn(2, 5, 16)
     gated, state = shared(x, None)
     assert len(state) == 3 and torch.allclose(gated, x * state[-1][0][:, None])
@@ -105,7 +105,7 @@ def test_the_activation_is_applied_to_the_cell(activation, phi):
 
 
 def test_a_gate_keeps_the_dtype_of_the_features_and_a_float32_state():
-    shared = SharedUnit(UnitConfig(kind="dia_lstm"), 16, num_extra=0).to(torch.bfloat16)
+    shared = SharedUnit(UnitConfig(kind="dia_lstm"), 16).to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         gated, state = shared(torch.randn(2, 5, 16, dtype=torch.bfloat16), None)
     assert gated.dtype == torch.bfloat16 and state[0][1].dtype == torch.float32

@@ -14,7 +14,7 @@ from uvit_dia.attention_units import UNITS
 from uvit_dia.data import DataConfig
 from uvit_dia.diffusion import DiffusionConfig
 from uvit_dia.errors import ConfigError, UserError, nearest, one_of
-from uvit_dia.evaluation import EvaluateConfig
+from uvit_dia.evaluation import EvaluateConfig, versions
 from uvit_dia.sampling import SampleConfig
 from uvit_dia.trainer import TrainConfig
 from uvit_dia.uvit import UViT
@@ -152,4 +152,4 @@ def provenance() -> dict[str, str]:
         capture_output=True,
         text=True,
     )
-    return {"commit": git.stdout.strip()} if git.returncode == 0 else {}
+    return versions() | {"commit": git.stdout.strip()} if git.returncode == 0 else versions()

@@ -413,7 +413,7 @@ class Batches:
             packed = self.to_device(torch.from_numpy(2 * self.indices(s) + self.flips(s)))  # both in one copy
             index, flip = packed >> 1, (packed & 1).bool()  # (b,)
             pixels = self.to_device(next(streamed)) if self.pixels is None else self.pixels[index]
-            x = pixels.float().div_(127.5).sub_(1)  # (b, C, H, W)
+            x = pixels.float().mul_(1 / 127.5).sub_(1)  # (b, C, H, W); devices round a division differently
             yield Batch(s, torch.where(flip[:, None, None, None], x.flip(-1), x), self.labels[index])
 
     def indices(self, step: int) -> np.ndarray:

@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -27,7 +29,11 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm import tqdm
 
+from uvit_dia.data import ImageSet, content_hash, read_all
 from uvit_dia.errors import ConfigError, UserError
+from uvit_dia.pipeline import UViTPipeline
+from uvit_dia.random_keys import Stream
+from uvit_dia.sampling import SampleConfig, generate
 
 Device = torch.device | str
 INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
@@ -321,6 +327,10 @@ def reference_features(
     return features
 
 
+def versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
+
+
 def make_card(
     metrics: dict[str, float],
     config: EvaluateConfig,
@@ -354,7 +364,7 @@ def make_card(
         "kid": {"subsets": config.kid_subsets, "subset_size": min(config.kid_subset_size, fewest)},
         "score_seed": config.seed,
         "provenance": provenance,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions(),
     }
 
 
@@ -412,3 +422,70 @@ def check_comparable(cards: Sequence[dict[str, Any]]) -> None:
         found = list(dict.fromkeys(map(of, cards)))
         if len(found) > 1:
             raise UserError(f"the cards do not compare: their {what} differ: {' and '.join(found)}")
+
+
+def evaluate(
+    pipeline: UViTPipeline,
+    sample: SampleConfig,
+    config: EvaluateConfig,
+    reference: ImageSet,
+    held_out: ImageSet | None,
+    about: dict[str, Any],
+    accelerator: Accelerator,
+) -> dict[str, Any] | None:
+    """Sample config.num_images on all processes and score them: the card on the main process, None on the others.
+
+    `about` says where the pipeline comes from (step, ema_decay, ...) and joins the card's provenance.
+    """
+    started, device = time.perf_counter(), accelerator.device
+    sample = replace(sample, num_images=config.num_images)
+    extractor = load_extractor(config, device)
+    drawn = [torch.empty(0, dtype=torch.long)]
+
+    def images() -> Iterator[Tensor]:
+        share = (accelerator.process_index, accelerator.num_processes)
+        for indices, batch in generate(pipeline, sample, Stream.SAMPLING, *share):
+            drawn.append(indices)
+            yield batch
+
+    expected = config.num_images // accelerator.num_processes if accelerator.is_main_process else None
+    local = extract(extractor, images(), config.batch_size, device, expected)
+    generated = gather(local, torch.cat(drawn))
+    card = None
+    if accelerator.is_main_process:
+        real, anchor = describe(reference), None
+        real_features = reference_features(
+            lambda: features_of(extractor, reference, config, device), config, real
+        )
+        if held_out is not None:
+            held = reference_features(
+                lambda: features_of(extractor, held_out, config, device), config, describe(held_out)
+            )
+            anchor = score_anchor(held, real_features, config.num_images, config, device)
+        metrics = score(generated, real_features, config, device)
+        settings = {
+            key: value for key, value in asdict(sample).items() if key not in ("num_images", "batch_size")
+        }
+        provenance = (
+            about
+            | settings
+            | {
+                "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                "processes": accelerator.num_processes,
+                "wall time": f"{time.perf_counter() - started:.0f} s",
+            }
+        )
+        card = make_card(metrics, config, real, config.num_images, provenance, anchor)
+    accelerator.wait_for_everyone()
+    return card
+
+
+def describe(images: ImageSet) -> dict[str, Any]:
+    return {"name": images.name, "sha256": content_hash(images), "num_images": len(images)}
+
+
+def features_of(
+    extractor: FeatureExtractorBase, images: ImageSet, config: EvaluateConfig, device: Device
+) -> Features:
+    return extract(extractor, read_all(images), config.batch_size, device, len(images))

@@ -82,7 +82,7 @@ def score_section(card: dict[str, Any]) -> list[str]:
     what = f"{card['num_generated']:,} generated images against {real['num_images']:,} of {real['name']}"
     held_out = f"{anchor['num_images']:,} held-out images" if anchor else ""
     return [
-        f"<h2>Score at step {where.get('checkpoint step', '?')}</h2>",
+        f"<h2>Score at step {where.get('step', '?')}</h2>",
         f"<p>{escape(what)}; features of {escape(card['extractor']['name'])}.</p>",
         table(["metric", "generated", held_out], rows),
         *(f"<p>{escape(note)}</p>" for note in card["notes"]),

@@ -248,6 +248,7 @@ def build(
         update_after_step=0,
         include_online_model=False,
         use_foreach=True,
+        param_or_buffer_names_no_ema={name for name, _ in model.named_buffers()},  # BatchNorm's statistics
     )
     ema.eval()
     if config.gradient_checkpointing:
@@ -324,8 +325,9 @@ def train_step(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def loss_of(state: TrainState, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
     x_t = state.scheduler.add_noise(x0, noise, t)
-    prediction = state.network(x_t, t, labels).sample
-    return denoising_loss(prediction, state.scheduler, state.gamma, x0, noise, t)
+    output = state.network(x_t, t, labels)
+    loss = denoising_loss(output.sample, state.scheduler, state.gamma, x0, noise, t)
+    return loss if output.penalty is None else loss + output.penalty
 
 
 def draw(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

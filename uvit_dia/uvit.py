@@ -5,8 +5,11 @@ they are. The shared attention unit sits between norm2 and the MLP of every bloc
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uvit_dia.attention_units import SharedUnit, State, UnitConfig
+from uvit_dia.attention_units import Grid, SharedUnit, State, UnitConfig
 from uvit_dia.errors import ConfigError, UserError
 
 
 @dataclass
 class UViTOutput(BaseOutput):
-    """sample: (B, C, H, W), the network's prediction."""
+    """sample: (B, C, H, W), the network's prediction; penalty: what the unit adds to the loss, or None."""
 
     sample: Tensor
+    penalty: Tensor | None = None
 
 
 class Linear(nn.Linear):
@@ -76,29 +80,57 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP with residuals; an out-block first merges the skip from its in-block.
 
-    x, skip: (B, L, D). `unit` is the one that all blocks share, or None; the model owns it.
+    x, skip: (B, L, D). `unit` is what the blocks share, or None; the model owns it. `number` is this block's,
+    counted in the order they run.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, has_skip: bool = False
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        norm: bool = True,
+        residuals: bool = True,
+        has_skip: bool = False,
     ) -> None:
         super().__init__()
+        self.residuals = residuals
         self.skip_linear = Linear(2 * dim, dim) if has_skip else None
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim) if norm else nn.Identity()
         self.attn = Attention(dim, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim) if norm else nn.Identity()
         self.mlp = Mlp(dim, int(mlp_ratio * dim))
 
     def forward(
-        self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State
+        self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
     ) -> tuple[Tensor, State]:
         if self.skip_linear is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attn(self.norm1(x))
+        y = self.attn(self.norm1(x))
+        x = x + y if self.residuals else y
         n = self.norm2(x)
         if unit is not None:
-            n, state = unit(n, state)
-        return x + self.mlp(n), state
+            n, state = unit(n, state, number, grid)
+        y = self.mlp(n)
+        return x + y if self.residuals else y, state
+
+
+class SkipGate(nn.Module):
+    """ScaleLong's learnable scaling (LS; Huang et al. 2023, arXiv 2310.13545), shared by all long skips.
+
+    As the official code: squeeze and excitation over tokens: mean of the channels, L -> L/16 -> L with bias,
+    torch's default init. x: (B, L, D) -> (B, L, 1).
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__()
+        hidden = max(1, num_tokens // 16)
+        self.reduce, self.expand = nn.Linear(num_tokens, hidden), nn.Linear(hidden, num_tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.expand(torch.relu(self.reduce(x.mean(2)))))
+        return rearrange(gate, "b l -> b l 1")
 
 
 class UViT(ModelMixin, ConfigMixin):
@@ -124,13 +156,18 @@ class UViT(ModelMixin, ConfigMixin):
         mlp_time_embed: bool = False,  # a two-layer MLP on the time embedding
         num_classes: int | None = None,  # rows of the label embedding; null: unconditional
         null_label: int | None = None,  # the row that stands for "no label", for label drop and guidance
-        unit: UnitConfig
-        | None = None,  # the attention unit that the blocks share, or a mapping for it; null: none
+        unit: UnitConfig | None = None,  # the attention unit that the blocks share, or a mapping; null: none
+        skip_scale: float | Literal["learnable"] | None = None,  # ScaleLong: kappa (CS) or learnable (LS)
+        long_skips: bool = True,  # from each in-block to its out-block; false: an ablation
+        block_norm: bool = True,  # LayerNorm before attention and before the MLP; false: an ablation
+        residuals: bool = True,  # around attention and around the MLP; false: an ablation
     ) -> None:
         super().__init__()
         check_sizes(sample_size, patch_size, embed_dim, depth, num_heads, num_classes, null_label)
+        check_skips(skip_scale, long_skips)
         self.num_extra = 1 if num_classes is None else 2  # [label,] time
-        num_patches = (sample_size // patch_size) ** 2
+        self.grid = (sample_size // patch_size, sample_size // patch_size)
+        num_tokens = self.num_extra + self.grid[0] * self.grid[1]
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
         self.time_embed = nn.Identity()
         if mlp_time_embed:
@@ -138,15 +175,18 @@ class UViT(ModelMixin, ConfigMixin):
                 Linear(embed_dim, 4 * embed_dim), nn.SiLU(), Linear(4 * embed_dim, embed_dim)
             )
         self.label_emb = None if num_classes is None else nn.Embedding(num_classes, embed_dim)
-        self.pos_embed = nn.Parameter(torch.empty(1, self.num_extra + num_patches, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-        shape = (embed_dim, num_heads, mlp_ratio, qkv_bias)
+        shape = (embed_dim, num_heads, mlp_ratio, qkv_bias, block_norm, residuals)
         self.in_blocks = nn.ModuleList(Block(*shape) for _ in range(depth // 2))
         self.mid_block = Block(*shape)
-        self.out_blocks = nn.ModuleList(Block(*shape, has_skip=True) for _ in range(depth // 2))
-        unit_config = UnitConfig.of(unit)
-        self.shared_unit = None if unit_config is None else SharedUnit(unit_config, embed_dim, self.num_extra)
+        self.out_blocks = nn.ModuleList(Block(*shape, has_skip=long_skips) for _ in range(depth // 2))
+        self.skip_gate = SkipGate(num_tokens) if skip_scale == "learnable" else None
+        self.shared_unit = None
+        if unit_config := UnitConfig.of(unit):
+            stages = ["in"] * (depth // 2) + ["mid"] + ["out"] * (depth // 2)
+            self.shared_unit = SharedUnit(unit_config, embed_dim, stages, self.num_extra)
 
         self.norm = nn.LayerNorm(embed_dim)
         self.decoder_pred = Linear(embed_dim, patch_size**2 * in_channels)
@@ -164,13 +204,21 @@ class UViT(ModelMixin, ConfigMixin):
         x = self.embed(sample, timestep, class_labels)  # (B, L, D)
         state, skips = None, []
         for block in self.in_blocks:
-            x, state = self.run_block(block, x, None, state)
+            x, state = self.run_block(block, x, None, state, len(skips))
             skips.append(x)
-        x, state = self.run_block(self.mid_block, x, None, state)
-        for block in self.out_blocks:
-            x, state = self.run_block(block, x, skips.pop(), state)
+        x, state = self.run_block(self.mid_block, x, None, state, len(skips))
+        for number, block in enumerate(self.out_blocks, len(skips) + 1):
+            skip = self.scale_skip(skips.pop(), len(skips))
+            x, state = self.run_block(block, x, skip, state, number)
         sample = self.to_pixels(x)
-        return UViTOutput(sample=sample) if return_dict else (sample,)
+        penalty = None if self.shared_unit is None else self.shared_unit.penalty()
+        return UViTOutput(sample=sample, penalty=penalty) if return_dict else (sample,)
+
+    def scale_skip(self, skip: Tensor, i: int) -> Tensor:
+        """The skip (B, L, D) of in-block i, counted from 0, times kappa^i (CS) or a gate of its own (LS)."""
+        if self.config.skip_scale is None:
+            return skip
+        return skip * (self.config.skip_scale**i if self.skip_gate is None else self.skip_gate(skip))
 
     def embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
         """Tokens [label,] time, patches: (B, L, D)."""
@@ -184,15 +232,22 @@ class UViT(ModelMixin, ConfigMixin):
             tokens.insert(0, rearrange(self.label_emb(class_labels), "b d -> b 1 d"))
         return torch.cat([*tokens, self.patch_embed(sample)], dim=1) + self.pos_embed
 
-    def run_block(self, block: Block, x: Tensor, skip: Tensor | None, state: State) -> tuple[Tensor, State]:
+    def run_block(
+        self, block: Block, x: Tensor, skip: Tensor | None, state: State, number: int
+    ) -> tuple[Tensor, State]:
+        inputs = (x, skip, self.shared_unit, state, number, self.grid)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, skip, self.shared_unit, state, use_reentrant=False)
-        return block(x, skip, self.shared_unit, state)
+            return checkpoint(block, *inputs, use_reentrant=False, context_fn=self.recomputation)
+        return block(*inputs)
+
+    def recomputation(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Around a checkpointed block, and around the second time that it runs."""
+        return nullcontext(), frozen_statistics(self)
 
     def to_pixels(self, x: Tensor) -> Tensor:
         x = self.decoder_pred(self.norm(x))[:, self.num_extra :]  # (B, patches, p² C)
-        side, p = self.config.sample_size // self.config.patch_size, self.config.patch_size
-        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=p, q=p)
+        (height, width), p = self.grid, self.config.patch_size
+        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
         return self.final_layer(x)
 
     @classmethod
@@ -231,6 +286,20 @@ class UViT(ModelMixin, ConfigMixin):
         model.load_state_dict(weights)
         model.register_to_config(trained_on_time="continuous 999t")
         return model.eval()
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm keeps its running statistics, though it normalizes by the batch: no batch counts twice."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -272,3 +341,11 @@ def check_sizes(
         raise ConfigError("model.depth", depth, "an even number, 2 or more: half in, half out")
     if null_label is not None and not 0 <= null_label < (num_classes or 0):
         raise ConfigError("model.null_label", null_label, f"null or below model.num_classes={num_classes}")
+
+
+def check_skips(skip_scale: float | str | None, long_skips: bool) -> None:
+    if skip_scale is not None and not long_skips:
+        raise ConfigError("model.skip_scale", skip_scale, "null without model.long_skips")
+    known = skip_scale in (None, "learnable")
+    if not known and not (isinstance(skip_scale, int | float) and 0 < skip_scale <= 1):
+        raise ConfigError("model.skip_scale", skip_scale, "null, learnable, or more than 0 and at most 1")

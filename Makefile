@@ -1,0 +1,32 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+RUN := .venv/bin
+DEMO := runs/digits
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(RUN)/pip install --quiet --upgrade pip
+	$(RUN)/pip install --quiet -e '.[dev]'
+	@touch $@
+
+setup: .venv/installed  ## make .venv and install (the other targets do it by themselves)
+
+demo: .venv/installed  ## train on scikit-learn's digits, sample, score and report: minutes on two CPU cores
+	$(RUN)/accelerate launch scripts/train.py --config configs/digits.yaml --resume
+	$(RUN)/python scripts/sample.py $(DEMO) --num_images 100 --grid $(DEMO)/samples/grid.png
+	$(RUN)/accelerate launch scripts/evaluate.py $(DEMO)
+	$(RUN)/python scripts/report.py $(DEMO)
+	@echo "Look at:"
+	@ls -1 $(DEMO)/report.html $(DEMO)/samples/grid.png $(DEMO)/evaluation/*.md
+
+test: .venv/installed  ## run the tests
+	$(RUN)/python -m pytest
+
+lint: .venv/installed  ## check style
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+.PHONY: help setup demo test lint

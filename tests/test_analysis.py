@@ -1,0 +1,264 @@
+"""Statistics against closed forms and planted answers, gradients against autograd, a tiny run end to end."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from uvit_dia import analysis as an
+from uvit_dia import checkpoint, config, trainer
+from uvit_dia.attention_units import UnitConfig
+from uvit_dia.checkpoint import RunFolder
+from uvit_dia.data import Batches, load_images
+from uvit_dia.diffusion import denoising_loss
+from uvit_dia.errors import ConfigError, UserError
+from uvit_dia.pipeline import UViTPipeline
+from uvit_dia.uvit import UViT
+
+ROOT = Path(__file__).parents[1]
+DIGITS = str(ROOT / "configs" / "digits.yaml")
+TINY = ["--model.embed_dim=16", "--model.num_heads=2", "--train.batch_size=8", "--train.num_steps=3"]
+SMALL = {"num_images": 4, "timesteps": [100, 900]}
+
+
+def train(root: Path, *changes: str) -> Path:
+    """A run's folder as scripts/train.py leaves it, after three steps of a tiny model."""
+    parser = config.run_parser("")
+    parsed = parser.parse_args(["--config", DIGITS, "--output_dir", str(root), *TINY, *changes])
+    settings = config.to_config(parser, parsed)
+    state = trainer.build(settings.train, settings.diffusion, settings.model, Accelerator(cpu=True))
+    images = load_images(settings.data, "train", settings.model["sample_size"], 1)
+    list(trainer.fit(state, Batches(images, settings.data, 8, 0, "cpu")))
+    root.mkdir(parents=True)
+    config.save(settings, RunFolder(root).config, {})
+    pipeline = UViTPipeline(state.ema.ema_model, state.scheduler)
+    checkpoint.export(pipeline, RunFolder(root).pipeline, {"step": state.step, "seed": 0})
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def subject(run) -> an.Subject:
+    return an.load_subject(run, an.AnalyzeConfig(**SMALL, num_steps=4, batch_size=4), Accelerator(cpu=True))
+
+
+def analyze(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "analyze.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_correlation_is_1_of_equal_gates_minus_1_of_mirrored_0_of_independent_and_nan_of_flat_ones():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 10_000).double()
+    found = an.pearson(torch.stack([a, 2 * a + 5, -a, b, torch.full_like(a, 0.3)]))  # (5, 5, 3)
+    assert torch.allclose(found[0, 1], torch.ones(3).double())
+    assert torch.allclose(found[0, 2], -torch.ones(3).double())
+    assert found[0, 3].abs().max() < 0.05
+    assert found[4].isnan().all()
+    assert found[0, 3, 1].item() == pytest.approx(torch.corrcoef(torch.stack([a[1], b[1]]))[0, 1].item())
+
+
+def test_a_pattern_common_to_all_images_correlates_blocks_only_until_it_is_centred():
+    torch.manual_seed(0)
+    pattern = torch.randn(4, 1, 2_000).double()  # another one each timestep, the same for all blocks
+    gates = pattern + 0.1 * torch.randn(3, 4, 50, 2_000).double()  # (L, T, n, D)
+    raw, centred = (an.pearson(x)[0, 1] for x in an.both(gates).values())
+    assert raw.min() > 0.95
+    assert centred.abs().max() < 0.1
+
+
+def test_importance_finds_the_block_that_a_gate_was_made_from():
+    torch.manual_seed(0)
+    gates = torch.randn(4, 300, 6).double()
+    gates[3] = gates[1].roll(1, dims=-1) + 0.1 * gates[3]
+    found, r2 = an.forest_importance(gates, seed=0)
+    assert found[3, 1] > 0.8
+    assert found[2, :2].max() < 0.7  # made from neither
+    assert r2[3] > 0.5 > 0.1 > r2[2]
+    assert torch.allclose(found[1:].nansum(-1), torch.ones(3))
+    assert found.triu().isnan().logical_or(torch.ones(4, 4).tril(-1).bool()).all()
+
+
+def test_importance_is_the_same_for_the_same_seed():
+    gates = torch.randn(3, 40, 50).double()
+    first, second = (an.forest_importance(gates, seed=1)[0] for _ in range(2))
+    assert torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def test_saturation_counts_the_ends_of_the_range_of_each_activation():
+    values = torch.tensor([0.01, 0.04, 0.5, 0.96]).double()
+    gates = values.expand(2, 3, 5, 4)
+    low, high = "share at the low end", "share at the high end"
+    found = an.gate_statistics(gates, UnitConfig(kind="dia_lstm"))
+    assert found[low].tolist() == [[0.5] * 3] * 2 and found[high].tolist() == [[0.25] * 3] * 2
+    assert found["mean"][0, 0].item() == pytest.approx(values.mean().item())
+    assert found["spread over channels"][0, 0].item() == pytest.approx(values.std().item())
+    assert found["spread over images"].max() < 1e-12
+    relu = an.gate_statistics(gates, UnitConfig(kind="dia_lstm", activation="relu"))
+    assert relu[low].mean() == 0.5 and relu[high].mean() == 0
+    tanh = an.gate_statistics(2 * gates - 1, UnitConfig(kind="dia_lstm", activation="tanh"))
+    assert torch.equal(tanh[low], found[low]) and torch.equal(tanh[high], found[high])
+
+
+@pytest.mark.parametrize("sharing", ["all", "stage", "none"])
+def test_gates_stand_in_the_order_of_the_blocks_under_their_names(subject, sharing):
+    unit = {"kind": "constant", "sharing": sharing, "blocks": [0, 2, 3]}
+    model = UViT(**subject.settings.model | {"unit": unit}).eval()
+    calls = iter(range(100))
+    for module in model.shared_unit.units:
+        module.register_forward_hook(lambda _, args, out: (out[0] * 0 + next(calls), out[1]))
+    names, gates = an.read_gates(model, subject)
+    assert names == ["in 0", "mid", "out 0"]
+    assert gates.shape == (3, 2, 4, 16)  # (L, T, n, D)
+    assert gates[:, :, 0, 0].tolist() == [[0, 3], [1, 4], [2, 5]]  # one timestep's forward after the other's
+
+
+def test_a_spatial_gate_is_averaged_over_tokens(subject):
+    model = UViT(**subject.settings.model | {"unit": {"kind": "cbam"}}).eval()
+    seen = []
+    model.shared_unit.units[0].register_forward_hook(lambda _, args, out: seen.append(out[0]))
+    _, gates = an.read_gates(model, subject)
+    assert seen[0].shape[1] == 16  # patches
+    assert torch.allclose(gates[0, 0], seen[0].double().mean(1))
+
+
+def test_gradients_equal_plain_autograd_on_what_is_added_to_a_block(subject):
+    model, deltas = subject.fresh(), {}
+
+    def nudge(name):
+        def hook(block, args, output):
+            deltas[name] = torch.zeros_like(output[0], requires_grad=True)
+            return output[0] + deltas[name], output[1]
+
+        return hook
+
+    tallies = an.gradient_tallies(model, subject)
+    for name, block in an.blocks_of(model).items():
+        block.register_forward_hook(nudge(name))
+    expected = {name: [] for name in tallies}
+    for noise, t, x_t in subject.noisy:
+        for i in range(len(t)):  # image by image
+            one = slice(i, i + 1)
+            prediction = model(x_t[one], t[one]).sample
+            loss = denoising_loss(
+                prediction, subject.pipeline.scheduler, 5.0, subject.x0[one], noise[one], t[one]
+            )
+            for name, g in zip(deltas, torch.autograd.grad(loss, list(deltas.values())), strict=True):
+                expected[name].append(g.abs().flatten().double())
+    assert list(tallies) == ["in 0", "in 1", "mid", "out 0", "out 1"]
+    for name, pieces in expected.items():
+        g, found = torch.cat(pieces), an.moments(tallies[name])
+        assert found["mean"] == pytest.approx(g.mean().item(), rel=1e-4)
+        assert found["variance"] == pytest.approx(g.var(correction=0).item(), rel=1e-3)
+        assert found["zeros"] == pytest.approx((g == 0).double().mean().item())
+
+
+def test_moments_of_added_tallies_are_those_of_all_values():
+    pieces = [torch.tensor([0.0, -1.0]), torch.tensor([[10.0, 100.0]])]
+    found = an.moments(sum(an.tally(x) for x in pieces))
+    assert found["mean"] == pytest.approx(111 / 4)
+    assert found["variance"] == pytest.approx((1 + 100 + 10_000) / 4 - (111 / 4) ** 2)
+    assert found["zeros"] == 0.25
+    width = (an.EDGES[1] - an.EDGES[0]).item()
+    assert found["density"].sum().item() * width == pytest.approx(0.75, rel=1e-4)
+    for exponent in (0, 1, 2):
+        i = (an.EDGES - exponent).abs().argmin()
+        assert found["density"][i - 1 : i + 1].max() * width == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_brief_training_says_that_it_diverged_and_where(subject):
+    run = subject.settings
+    wild = subject._replace(settings=replace(run, train=replace(run.train, learning_rate=1e38)))
+    batches = Batches(subject.images, run.data, 4, 0, "cpu")
+    found = an.brief_training(wild, run.model, batches, 60)
+    assert found["diverged"] and "not finite" in found["why"]
+    calm = an.brief_training(subject, run.model, batches, 60)
+    assert not calm["diverged"] and calm["steps"] == 4 and math.isfinite(calm["final loss"])
+
+
+def test_brief_trainings_end_when_their_time_is_over(subject):
+    batches = Batches(subject.images, subject.settings.data, 4, 0, "cpu")
+    assert an.brief_training(subject, subject.settings.model, batches, 0)["steps"] == 1
+
+
+def test_every_analysis_of_a_run_writes_strict_json_and_a_picture(run):
+    small = ["--num_images=4", "--timesteps=[100,900]", "--num_steps=3", "--batch_size=4"]
+    done = analyze(str(run), *small)
+    assert done.returncode == 0, done.stderr
+    paths = [Path(line) for line in done.stdout.splitlines()]
+    assert [p.name for p in paths] == [f"{name}.{end}" for name in an.ANALYSES for end in ("json", "png")]
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    found = {p.stem: json.loads(p.read_text(), parse_constant=refuse) for p in paths[::2]}
+    assert all(x["about"]["step"] == 3 and x["about"]["timesteps"] == [100, 900] for x in found.values())
+    assert found["gates"]["blocks"] == ["in 0", "in 1", "mid", "out 0", "out 1"]
+    mean = torch.tensor(found["correlation"]["trained, gates"]["mean"])
+    assert torch.allclose(mean.diag(), torch.ones(5)) and torch.allclose(mean, mean.T)
+    assert set(found["stability"]["no norm"]) == {"with the unit", "without"}
+    assert found["gradients"]["no residuals, no unit"]["mid"]["mean"] > 0
+    for path in paths[1::2]:
+        Image.open(path).verify()
+
+
+def test_the_same_seed_gives_the_same_numbers(run):
+    config = an.AnalyzeConfig(only="gates,gradients", **SMALL)
+    texts = []
+    for _ in range(2):
+        list(an.analyze(run, config, Accelerator(cpu=True)))
+        texts.append([(run / "analysis" / f"{name}.json").read_text() for name in config.names])
+    assert texts[0] == texts[1]
+
+
+def test_what_can_not_be_analysed_is_one_line_and_exit_code_2(tmp_path):
+    root = train(tmp_path / "plain", "--model.unit=null")
+    done = analyze(str(root))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "no attention unit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"only": "gate"}, "did you mean 'gates'"),
+        ({"timesteps": [1000]}, "numbers from 0 to 999"),
+        ({"timesteps": []}, "numbers from 0 to 999"),
+        ({"num_images": 1}, "2 or more"),
+    ],
+)
+def test_a_wrong_setting_says_what_would_do(run, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        an.load_subject(run, an.AnalyzeConfig(**settings), Accelerator(cpu=True))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        next(an.analyze(tmp_path, an.AnalyzeConfig(), Accelerator(cpu=True)))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_an_ablation_changes_one_option_of_any_base_and_says_why(path):
+    parser = config.run_parser("")
+    base, changed = (
+        config.to_config(parser, parser.parse_args([x for f in files for x in ("--config", f)])).model
+        for files in ([DIGITS], [DIGITS, str(path)])
+    )
+    written = config.yaml.safe_load(path.read_text())["model"]["unit"]
+    assert len(written) == 1 and path.read_text().startswith("# ")
+    assert changed["unit"] == base["unit"] | {k: v for k, v in changed["unit"].items() if k in written}
+    model = UViT(**changed | {"embed_dim": 32})
+    assert model(torch.zeros(2, 1, 8, 8), 5).sample.shape == (2, 1, 8, 8)

@@ -1,0 +1,69 @@
+"""The shared unit on other backbones: a module's output is rescaled by a unit that its whole stage shares.
+
+The state of a forward pass is kept outside the modules, in a context variable that the model's own hooks open
+and close: it starts at None each time, and threads and nested models each have their own.
+"""
+
+from collections import ChainMap
+from collections.abc import Mapping
+from contextvars import ContextVar
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from uvit_dia.attention_units import SharedUnit, State, UnitConfig
+from uvit_dia.errors import ConfigError
+
+STATES: ContextVar[ChainMap[SharedUnit, State]] = ContextVar("states", default=ChainMap())
+
+
+def attach(
+    model: nn.Module, pattern: str, config: UnitConfig | Mapping[str, Any], num_extra: int = 0
+) -> nn.ModuleList:
+    """Equip the modules whose names match `pattern`, e.g. "blocks.*.norm2"; returns `model.shared_units`.
+
+    The output of each, tokens (B, L, D) with `num_extra` first ones that are no patches or a feature map
+    (B, C, H, W), is rescaled: name norm2 for a timm ViT (arXiv 2210.16101, Fig. 7), the branch's last layer,
+    before the residual add, for a ResNet (Fig. 5). Neighbours of equal width, the first dimension of their
+    weights, are a stage with a SharedUnit of its own, and `config.blocks` counts within it; a grid unit takes
+    tokens for a square. The model's weights stay as they were. ConfigError where the pattern names no such modules.
+
+    The state lasts for one call of `model(...)`: its parts called alone, or run again in the backward pass by
+    the model's own gradient checkpointing, are a RuntimeError.
+    """
+    config = UnitConfig.of(config)
+    sites = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
+    if not sites or any(getattr(site, "weight", None) is None for site in sites):
+        raise ConfigError("pattern", pattern, "names of modules with a weight, e.g. blocks.*.norm2")
+    units = nn.ModuleList()
+    for width, stage in groupby(sites, key=lambda site: site.weight.shape[0]):
+        stage = list(stage)
+        units.append(SharedUnit(config, width, ["stage"] * len(stage), num_extra))
+        for block, site in enumerate(stage):
+            site.register_forward_hook(partial(recalibrate, units[-1], block))
+    model.shared_units = units.to(sites[0].weight).train(model.training)
+    model.register_forward_pre_hook(partial(begin, units))
+    model.register_forward_hook(end, always_call=True)
+    return units
+
+
+def begin(units: nn.ModuleList, model: nn.Module, args: Any) -> None:
+    STATES.set(STATES.get().new_child(dict.fromkeys(units)))
+
+
+def end(model: nn.Module, args: Any, output: Any) -> None:
+    STATES.set(STATES.get().parents)
+
+
+def recalibrate(shared: SharedUnit, block: int, site: nn.Module, args: Any, x: Tensor) -> Tensor:
+    states = STATES.get()
+    if shared not in states:
+        raise RuntimeError("a shared unit ran outside a call of the model that it is attached to")
+    grid = tuple(x.shape[2:]) if x.ndim == 4 else None
+    tokens = rearrange(x, "b c h w -> b (h w) c") if grid else x
+    tokens, states[shared] = shared(tokens, states[shared], block, grid)
+    return rearrange(tokens, "b (h w) c -> b c h w", h=grid[0]) if grid else tokens
