@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from uvit_dia.attention_units import SharedUnit, State, UnitConfig
 from uvit_dia.errors import ConfigError
 
-STATES: ContextVar[ChainMap[SharedUnit, State]] = ContextVar("states", default=ChainMap())
+STATES: ContextVar[ChainMap[SharedUnit, State]] = ContextVar("states")
 
 
 def attach(
@@ -29,12 +29,14 @@ def attach(
     The output of each, tokens (B, L, D) with `num_extra` first ones that are no patches or a feature map
     (B, C, H, W), is rescaled: name norm2 for a timm ViT (arXiv 2210.16101, Fig. 7), the branch's last layer,
     before the residual add, for a ResNet (Fig. 5). Neighbours of equal width, the first dimension of their
-    weights, are a stage with a SharedUnit of its own, and `config.blocks` counts within it; a grid unit takes
-    tokens for a square. The model's weights stay as they were. ConfigError where the pattern names no such modules.
+    weights, are a stage with a SharedUnit of its own, and `config.blocks` counts within it. The weights of the
+    model stay as they were. ConfigError where the pattern names no such modules, or the model has units.
 
     The state lasts for one call of `model(...)`: its parts called alone, or run again in the backward pass by
-    the model's own gradient checkpointing, are a RuntimeError.
+    the model's own gradient checkpointing, are a RuntimeError. torch.compile works, with breaks at the units.
     """
+    if hasattr(model, "shared_units") or isinstance(model, nn.Sequential):  # which would run them as a layer
+        raise ConfigError("model", type(model).__name__, "no nn.Sequential, and no shared_units: attach once")
     config = UnitConfig.of(config)
     sites = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
     if not sites or any(getattr(site, "weight", None) is None for site in sites):
@@ -52,7 +54,7 @@ def attach(
 
 
 def begin(units: nn.ModuleList, model: nn.Module, args: Any) -> None:
-    STATES.set(STATES.get().new_child(dict.fromkeys(units)))
+    STATES.set(STATES.get(ChainMap()).new_child(dict.fromkeys(units)))
 
 
 def end(model: nn.Module, args: Any, output: Any) -> None:
@@ -60,7 +62,7 @@ def end(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def recalibrate(shared: SharedUnit, block: int, site: nn.Module, args: Any, x: Tensor) -> Tensor:
-    states = STATES.get()
+    states = STATES.get(ChainMap())
     if shared not in states:
         raise RuntimeError("a shared unit ran outside a call of the model that it is attached to")
     grid = tuple(x.shape[2:]) if x.ndim == 4 else None

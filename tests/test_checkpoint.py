@@ -1,0 +1,86 @@
+"""A checkpoint is whole or absent, and a damaged one is found out."""
+
+import json
+
+import pytest
+import torch
+
+from uvit_dia.checkpoint import BadCheckpoint, RunFolder, folders, read, save
+
+
+def write(folder: RunFolder, step: int, keep: int = 5):
+    tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}
+    return save(folder.checkpoints, step, tensors, {"note": "x"}, keep)
+
+
+def test_what_was_saved_is_read_back(tmp_path):
+    tensors, info = read(write(RunFolder(tmp_path), 7))
+    assert tensors["model"]["w"].tolist() == [7, 7, 7] and tensors["optimizer"] == {}
+    assert info == {"step": 7, "note": "x"}
+
+
+def test_the_newest_stay(tmp_path):
+    for step in (1, 2, 3, 10):
+        write(RunFolder(tmp_path), step, keep=2)
+    assert [path.name for path in folders(tmp_path / "checkpoints")] == ["step_00000010", "step_00000003"]
+
+
+def damage(folder, how):
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    match how:
+        case "truncated":
+            weights.write_bytes(data[:-1])
+        case "bit flipped":
+            data[-1] ^= 1
+            weights.write_bytes(data)
+        case "file missing":
+            weights.unlink()
+        case "manifest missing":
+            (folder / "manifest.json").unlink()
+        case "manifest torn":
+            (folder / "manifest.json").write_text('{"model.saf')
+        case "info changed":
+            (folder / "info.json").write_text(json.dumps({"step": 9}))
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "bit flipped", "file missing", "manifest missing", "manifest torn", "info changed"]
+)
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_found(how, tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    good, bad = write(run, 1), write(run, 2)
+    damage(bad, how)
+    with pytest.raises(BadCheckpoint, match="step_00000002"):
+        read(bad)
+    assert run.newest_good() == good
+    assert "step_00000002" in capsys.readouterr().err and (run.checkpoints / "bad_step_00000002").is_dir()
+
+
+def test_a_write_that_did_not_finish_is_no_checkpoint_and_does_not_hinder_the_next(tmp_path):
+    run = RunFolder(tmp_path)
+    good = write(run, 1)
+    (run.checkpoints / ".step_00000002.partial").mkdir()
+    (run.checkpoints / ".step_00000002.partial" / "model.safetensors").write_bytes(b"half")
+    assert run.newest_good() == good
+    assert read(write(run, 2))[1]["step"] == 2
+
+
+def test_a_step_saved_again_replaces_the_folder_whole(tmp_path):
+    run = RunFolder(tmp_path)
+    write(run, 1)
+    write(run, 1)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_00000001"]
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+    assert RunFolder(tmp_path).newest_good() is None
+    with pytest.raises(BadCheckpoint, match="not a whole checkpoint"):
+        read(tmp_path)
+
+
+def test_metrics_are_cut_where_a_run_goes_on_and_a_torn_line_is_dropped(tmp_path):
+    run = RunFolder(tmp_path)
+    run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    run.trim_metrics(2)
+    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
