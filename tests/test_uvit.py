@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from uvit_dia.attention_units import UNITS
 from uvit_dia.errors import ConfigError, UserError
 from uvit_dia.uvit import UViT, timestep_embedding
 
@@ -128,6 +129,102 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["cbam", "srm"])
+def test_gradient_checkpointing_counts_no_batch_twice_in_the_running_statistics(kind):
+    found = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = UViT(**TINY, unit={"kind": kind, "blocks": "every 2"})
+        model.enable_gradient_checkpointing() if enable else None
+        model(torch.randn(2, 3, 8, 8), 5).sample.square().mean().backward()
+        found.append([*model.buffers(), *(p.grad for p in model.parameters())])
+    momenta = [norm.momentum for norm in model.shared_unit.units[0].norms]
+    assert momenta == [{"cbam": 0.01, "srm": 0.1}[kind]] * 3
+    counters = [x for x in found[1] if x.dtype == torch.long]
+    assert counters and all(
+        torch.allclose(a, b, atol=1e-7) for a, b in zip(*found, strict=True) if a.dtype != torch.long
+    )
+
+
+@pytest.mark.parametrize("kind", UNITS)
+@pytest.mark.parametrize("sharing,blocks", [("all", "all"), ("stage", "without in"), ("none", [1, 3])])
+def test_every_unit_runs_compiled_in_one_graph_and_leaves_no_parameter_without_gradient(
+    kind, sharing, blocks
+):
+    torch.manual_seed(0)
+    model = UViT(**TINY, num_classes=3, unit={"kind": kind, "sharing": sharing, "blocks": blocks})
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 2])
+    eager = model(x, torch.tensor([3, 700]), labels)
+    (eager.sample.square().mean() + (eager.penalty or 0)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert (eager.penalty is not None) == (kind == "spem")
+    if sharing == "stage":
+        model.compile(fullgraph=True, backend="aot_eager")
+        assert torch.allclose(model(x, torch.tensor([3, 700]), labels).sample, eager.sample, atol=1e-6)
+
+
+def test_blocks_are_numbered_in_the_order_they_run_and_get_the_grid_of_patches():
+    model = UViT(**TINY, unit={"kind": "se"})
+    seen = []
+    model.shared_unit.register_forward_pre_hook(lambda module, args: seen.append(args[2:]))
+    model(torch.randn(2, 3, 8, 8), 5)
+    assert seen == [(number, (4, 4)) for number in range(5)]
+
+
+def skips_in_and_out(model: UViT) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The outputs of in-blocks 0, 1, ... and what their out-blocks get of them."""
+    given, got = [], []
+    for block in model.in_blocks:
+        block.register_forward_hook(lambda module, args, output: given.append(output[0]))
+    for block in model.out_blocks:
+        block.register_forward_pre_hook(lambda module, args: got.insert(0, args[1]))
+    model(torch.randn(2, 3, 8, 8), 5)
+    return given, got
+
+
+@torch.no_grad()
+def test_constant_scaling_multiplies_the_skip_of_in_block_i_by_kappa_to_the_i():
+    given, got = skips_in_and_out(UViT(**TINY | {"depth": 6}, skip_scale=0.5))
+    for i in range(3):
+        assert torch.equal(got[i], given[i] * 0.5**i)
+
+
+@torch.no_grad()
+def test_learnable_scaling_gates_each_token_of_every_skip_by_one_small_network():
+    plain, model = (
+        UViT(**TINY | {"sample_size": 16}),
+        UViT(**TINY | {"sample_size": 16}, skip_scale="learnable"),
+    )
+    length, hidden = 65, 4
+    added = model.state_dict().keys() - plain.state_dict().keys()
+    assert all(key.startswith("skip_gate.") for key in added)
+    assert sum(p.numel() for p in model.skip_gate.parameters()) == 2 * length * hidden + hidden + length
+    given, got = [], []
+    model.skip_gate.register_forward_hook(
+        lambda module, args, output: (given.append(args[0]), got.append(output))
+    )
+    model(torch.randn(2, 3, 16, 16), 5)
+    for x, gate in zip(given, got, strict=True):
+        y = torch.relu(model.skip_gate.reduce(x.sum(2) / 64))
+        assert torch.allclose(gate[:, :, 0], torch.sigmoid(model.skip_gate.expand(y)), atol=1e-6)
+
+
+@torch.no_grad()
+def test_ablations_take_away_just_what_they_name():
+    torch.manual_seed(0)
+    plain, x = UViT(**TINY), torch.randn(2, 17, 64)
+    gone = {"long_skips": "skip_linear", "block_norm": "norm1 norm2", "residuals": ""}
+    for name, parts in gone.items():
+        model = UViT(**TINY | {name: False})
+        missing = {key.split(".")[2] for key in plain.state_dict().keys() - model.state_dict().keys()}
+        missing -= {"weight", "bias"}
+        assert missing <= set(parts.split()) and bool(missing) == bool(parts)
+        assert model(torch.randn(2, 3, 8, 8), 5).sample.shape == (2, 3, 8, 8)
+    block = model.in_blocks[0]
+    after, _ = block(x, None, None, None, 0, None)
+    assert torch.equal(after, block.mlp(block.norm2(block.attn(block.norm1(x)))))
+
+
 def test_saved_and_loaded_by_diffusers_it_is_the_same_model(tmp_path):
     model = UViT(**TINY, num_classes=11, null_label=10, unit={"kind": "dia_lstm", "reduction": None})
     model.save_pretrained(tmp_path)
@@ -152,6 +249,12 @@ def test_timestep_embedding_is_cosines_then_sines_of_a_geometric_ladder():
         ({"num_classes": 10, "null_label": 10}, "model.null_label"),
         ({"null_label": 0}, "model.null_label"),
         ({"unit": {"kind": "dia_lstm", "reduction": 7}}, "model.unit.reduction"),
+        ({"unit": {"kind": "se", "reduction": None}}, "model.unit.reduction: None"),
+        ({"unit": {"kind": "se", "blocks": [5]}}, "model.unit.blocks: .5. .* list of 0 to 4"),
+        ({"skip_scale": 0.0}, "model.skip_scale"),
+        ({"skip_scale": 1.5}, "model.skip_scale"),
+        ({"skip_scale": "learned"}, "model.skip_scale"),
+        ({"skip_scale": 0.7, "long_skips": False}, "model.skip_scale.*model.long_skips"),
     ],
 )
 def test_sizes_that_do_not_fit_name_the_setting(change, key):

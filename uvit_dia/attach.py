@@ -29,8 +29,8 @@ def attach(
     The output of each, tokens (B, L, D) with `num_extra` first ones that are no patches or a feature map
     (B, C, H, W), is rescaled: name norm2 for a timm ViT (arXiv 2210.16101, Fig. 7), the branch's last layer,
     before the residual add, for a ResNet (Fig. 5). Neighbours of equal width, the first dimension of their
-    weights, are a stage with a SharedUnit of its own, and `config.blocks` counts within it. The weights of the
-    model stay as they were. ConfigError where the pattern names no such modules, or the model has units.
+    weights, are a stage with a SharedUnit of its own, and `config.blocks` counts within it. The weights of
+    the model stay as they were. ConfigError where the pattern names no such modules, or the model has units.
 
     The state lasts for one call of `model(...)`: its parts called alone, or run again in the backward pass by
     the model's own gradient checkpointing, are a RuntimeError. torch.compile works, with breaks at the units.
