@@ -48,14 +48,18 @@ def run(tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("runs") / "tiny")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def subject(run) -> an.Subject:
     return an.load_subject(run, an.AnalyzeConfig(**SMALL, num_steps=4, batch_size=4), Accelerator(cpu=True))
 
 
 def analyze(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / "analyze.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def with_options(subject: an.Subject, **options) -> an.Subject:
+    return subject._replace(config=replace(subject.config, **options))
 
 
 def test_correlation_is_1_of_equal_gates_minus_1_of_mirrored_0_of_independent_and_nan_of_flat_ones():
@@ -177,19 +181,34 @@ def test_moments_of_added_tallies_are_those_of_all_values():
         assert found["density"][i - 1 : i + 1].max() * width == pytest.approx(0.25, rel=1e-4)
 
 
-def test_a_brief_training_says_that_it_diverged_and_where(subject):
-    run = subject.settings
-    wild = subject._replace(settings=replace(run, train=replace(run.train, learning_rate=1e38)))
-    batches = Batches(subject.images, run.data, 4, 0, "cpu")
-    found = an.brief_training(wild, run.model, batches, 60)
-    assert found["diverged"] and "not finite" in found["why"]
-    calm = an.brief_training(subject, run.model, batches, 60)
-    assert not calm["diverged"] and calm["steps"] == 4 and math.isfinite(calm["final loss"])
+def test_a_brief_training_that_breaks_says_where_and_a_calm_one_runs_to_its_end(subject):
+    model = subject.settings.model
+    *losses, why = an.brief_training(with_options(subject, learning_rate=1e38), model)
+    assert "not finite" in why and an.verdict(losses, why)["diverged"]
+    calm = an.verdict(list(an.brief_training(subject, model)), None)
+    assert calm["steps"] == 4 and math.isfinite(calm["final loss"])
 
 
-def test_brief_trainings_end_when_their_time_is_over(subject):
-    batches = Batches(subject.images, subject.settings.data, 4, 0, "cpu")
-    assert an.brief_training(subject, subject.settings.model, batches, 0)["steps"] == 1
+def test_a_verdict_counts_spikes_and_calls_a_loss_that_doubled_diverged():
+    calm = [1 + 0.01 * (i % 3) for i in range(100)]
+    assert an.verdict(calm, None) | {"losses": 0} == {
+        "diverged": False,
+        "why": None,
+        "steps": 100,
+        "final loss": pytest.approx(1.01, abs=0.005),
+        "spikes": 0,
+        "losses": 0,
+    }
+    assert an.verdict([*calm[:50], 5.0, *calm[50:]], None)["spikes"] == 1
+    assert an.verdict([*calm, *[3.0] * 50], None)["diverged"]
+    assert an.verdict([], "broke at once")["diverged"]
+
+
+def test_brief_trainings_take_turns_and_end_when_their_time_is_over(subject):
+    numbers, _ = an.stability(with_options(subject, max_seconds=0.0))
+    assert {v["steps"] for variant in numbers.values() for v in variant.values()} == {1}
+    numbers, _ = an.stability(with_options(subject, learning_rate=1e38))
+    assert all(v["diverged"] for variant in numbers.values() for v in variant.values())
 
 
 def test_every_analysis_of_a_run_writes_strict_json_and_a_picture(run):

@@ -339,6 +339,23 @@ def test_savings_compare_with_a_unit_a_block_where_batch_norm_is_never_shared():
     assert savings(kind="dia_lstm") == (lstm, 5 * lstm) and savings(kind="constant") == (0, 0)
 
 
+@pytest.mark.parametrize("kind", UNITS)
+@torch.no_grad()
+def test_compile_traces_the_blocks_of_a_unit_in_one_graph(kind):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    shared = SharedUnit(UnitConfig(kind=kind, sharing="stage", blocks=[0, 1, 4]), 16, STAGES, 1).eval()
+
+    def run(x: Tensor) -> Tensor:
+        state = None
+        for block in range(5):
+            x, state = shared(x, state, block, GRID)
+        return x
+
+    x = torch.randn(2, 31, 16)
+    assert torch.allclose(torch.compile(run, fullgraph=True, backend="eager")(x), run(x), atol=1e-6)
+
+
 @pytest.fixture
 def make_state():
     def make(unit: dict) -> trainer.TrainState:

@@ -1,8 +1,7 @@
 """What the unit does in a trained run: numbers and pictures, after the figures of arXiv 2210.16101.
 
 Gates are read before gate_scale, over a fixed batch of the run's training images at several timesteps:
-(L, T, n, D) for L equipped blocks, T timesteps, n images, D channels. An analysis is a function of a Subject
-that returns its numbers and its picture; `analyze` writes them.
+(L, T, n, D) for L equipped blocks, T timesteps, n images, D channels.
 """
 
 import json
@@ -11,7 +10,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -51,27 +52,24 @@ class AnalyzeConfig:
     seed: int = 0  # of the choice of images, their noise, untrained weights and forests
     num_steps: int = 300  # stability: of each brief training
     batch_size: int = 32  # stability: images a step
-    max_seconds: float = 600.0  # stability: for all brief trainings together, in equal shares
+    learning_rate: float | None = None  # stability: null: the run's; a higher one is a harder trial
+    max_seconds: float = 600.0  # stability: for all brief trainings together
 
     def __post_init__(self) -> None:
-        for name in self.names:
+        for name in self.only.split(",") if self.only else []:
             if name not in ANALYSES:
                 raise ConfigError("only", name, one_of(name, list(ANALYSES)))
         for name, least in {"num_images": 2, "num_steps": 1, "batch_size": 1, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise ConfigError(name, getattr(self, name), f"{least} or more")
 
-    @property
-    def names(self) -> list[str]:
-        return self.only.split(",") if self.only else list(ANALYSES)
-
 
 class Subject(NamedTuple):
     """A trained run and the inputs it is looked at with."""
 
-    config: AnalyzeConfig
-    settings: Config  # the run's
-    about: dict[str, Any]  # what its training.json says
+    options: AnalyzeConfig
+    run: Config
+    about: dict[str, Any]  # what the run's training.json says
     accelerator: Accelerator
     pipeline: UViTPipeline  # with the averaged weights
     images: ImageSet
@@ -81,11 +79,11 @@ class Subject(NamedTuple):
 
     def fresh(self, **changes: Any) -> UViT:
         """The run's model, some arguments changed, as the seed makes it; batch norms read the batch."""
-        torch.manual_seed(self.config.seed)
-        return UViT(**self.settings.model | changes).to(self.accelerator.device).train()
+        torch.manual_seed(self.options.seed)
+        return UViT(**self.run.model | changes).to(self.accelerator.device).train()
 
 
-def load_subject(root: Path, settings: AnalyzeConfig, accelerator: Accelerator) -> Subject:
+def load_subject(root: Path, options: AnalyzeConfig, accelerator: Accelerator) -> Subject:
     """A run and its fixed inputs; UserError or ConfigError where it can't be analysed."""
     if not RunFolder(root).config.is_file():
         raise UserError(f"{root}: no run, as it has no config.yaml")
@@ -93,45 +91,37 @@ def load_subject(root: Path, settings: AnalyzeConfig, accelerator: Accelerator) 
     if run.model["unit"] is None:
         raise UserError(f"{root}: the run has no attention unit (model.unit is null), so no gates to analyse")
     last = run.diffusion.num_train_timesteps - 1
-    if not settings.timesteps or not all(0 <= t <= last for t in settings.timesteps):
-        raise ConfigError("timesteps", settings.timesteps, f"numbers from 0 to {last}")
+    if not options.timesteps or not all(0 <= t <= last for t in options.timesteps):
+        raise ConfigError("timesteps", options.timesteps, f"numbers from 0 to {last}")
     pipeline, about = load_pipeline(str(root), accelerator.device)
     model = pipeline.unet.config
     images = load_images(run.data, "train", model.sample_size, model.in_channels)
-    batches = Batches(images, run.data, settings.num_images, settings.seed, accelerator.device)
-    batch = next(batches.from_step(0))
-    x0, noisy = batch.images, []
-    for t in settings.timesteps:
-        generator = torch_generator(settings.seed, Stream.NOISE, t, x0.device)
+    batches = Batches(images, run.data, options.num_images, options.seed, accelerator.device)
+    _, x0, labels = next(batches.from_step(0))
+    labels, noisy = None if model.num_classes is None else labels, []
+    for t in options.timesteps:
+        generator = torch_generator(options.seed, Stream.NOISE, t, x0.device)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device)
         steps = torch.full((len(x0),), t, device=x0.device)
         noisy.append((noise, steps, pipeline.scheduler.add_noise(x0, noise, steps)))
-    labels = None if model.num_classes is None else batch.labels
-    return Subject(settings, run, about, accelerator, pipeline, images, x0, labels, noisy)
+    return Subject(options, run, about, accelerator, pipeline, images, x0, labels, noisy)
 
 
-def analyze(root: Path, settings: AnalyzeConfig, accelerator: Accelerator) -> Iterator[Path]:
-    """Write RUN/analysis/<name>.json and .png for the analyses that the settings name; yields each path."""
-    subject = load_subject(root, settings, accelerator)
+def analyze(root: Path, options: AnalyzeConfig, accelerator: Accelerator) -> Iterator[Path]:
+    """Write RUN/analysis/<name>.json and .png for each analysis that is asked for; yields each path."""
+    subject = load_subject(root, options, accelerator)
+    about = {"run": str(root), **subject.about, "unit": subject.run.model["unit"]}
+    about |= {"images": options.num_images, "timesteps": options.timesteps, "analysis seed": options.seed}
     (root / "analysis").mkdir(exist_ok=True)
-    for name in settings.names:
+    for name in options.only.split(",") if options.only else ANALYSES:
         numbers, figure = ANALYSES[name](subject)
-        about = {"run": str(root), **subject.about, "unit": subject.settings.model["unit"]}
-        about |= {"images": settings.num_images, "timesteps": settings.timesteps, "seed": settings.seed}
-        figure.suptitle(f"{root.name}, step {subject.about.get('step', '?')}: {name}")
+        text = json.dumps({"about": about, **numbers}, default=Tensor.tolist)
+        without_nan = json.loads(text, parse_constant=lambda constant: None)  # which JSON has not
         target = root / "analysis" / f"{name}.json"
-        target.write_text(json.dumps(jsonable({"about": about, **numbers}), indent=1) + "\n")
+        target.write_text(json.dumps(without_nan, indent=1) + "\n")
+        figure.suptitle(f"{root.name}, step {subject.about.get('step', '?')}: {name}")
         figure.savefig(target.with_suffix(".png"), dpi=110)
         yield from (target, target.with_suffix(".png"))
-
-
-def jsonable(value: Any) -> Any:
-    """Tensors as lists, floats of six digits, and null for what is not finite, as JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | Tensor):
-        return [jsonable(item) for item in (value.tolist() if isinstance(value, Tensor) else value)]
-    return (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
 
 
 def blocks_of(model: UViT) -> dict[str, nn.Module]:
@@ -143,7 +133,7 @@ def blocks_of(model: UViT) -> dict[str, nn.Module]:
 @torch.no_grad()
 def read_gates(model: UViT, subject: Subject) -> tuple[list[str], Tensor]:
     """Names of the equipped blocks, and gates (L, T, n, D), float64; spatial ones averaged over tokens."""
-    every, gates = list(blocks_of(model)), []
+    gates: list[Tensor] = []
 
     def read(unit: nn.Module, args: Any, output: Any) -> None:
         gate = reduce(output[0].double(), "b n d -> b d", "mean")  # b is 1 if the gate is constant
@@ -154,12 +144,12 @@ def read_gates(model: UViT, subject: Subject) -> tuple[list[str], Tensor]:
         model(x_t, t, subject.labels)
     for hook in hooks:
         hook.remove()
-    names = [every[block] for block in sorted(model.shared_unit.route)]
+    names = [list(blocks_of(model))[block] for block in sorted(model.shared_unit.route)]
     return names, rearrange(torch.stack(gates), "(t l) n d -> l t n d", t=len(subject.noisy))
 
 
 def gate_statistics(gates: Tensor, unit: UnitConfig) -> dict[str, Tensor]:
-    """(L, T) each, of gates (L, T, n, D). Saturated: in the lowest or the highest 5% of the gate's range.
+    """(L, T) each, of gates (L, T, n, D); the ends are the lowest and highest 5% of the gate's range.
 
     That is 0 to 1; with tanh -1 to 1; with relu it has no upper end.
     """
@@ -176,10 +166,10 @@ def gate_statistics(gates: Tensor, unit: UnitConfig) -> dict[str, Tensor]:
 def gates(subject: Subject) -> Found:
     """Mean, spread and saturation of the gates by block and timestep."""
     names, values = read_gates(subject.pipeline.unet, subject)
-    statistics = gate_statistics(values, UnitConfig.of(subject.settings.model["unit"]))
+    statistics = gate_statistics(values, UnitConfig.of(subject.run.model["unit"]))
     figure = Figure(figsize=(17, 2.2 + 0.25 * len(names)), layout="constrained")
     for axes, (title, table) in zip(figure.subplots(1, len(statistics)), statistics.items(), strict=True):
-        heat_map(axes, table, names, [str(t) for t in subject.config.timesteps], title)
+        heat_map(axes, table, names, [str(t) for t in subject.options.timesteps], title)
         axes.set_xlabel("timestep")
     return {"blocks": names, **statistics}, figure
 
@@ -205,12 +195,12 @@ def correlation(subject: Subject) -> Found:
         names, values = read_gates(model, subject)
         for axes, (kind, x) in zip(row[:2], both(values).items(), strict=True):
             found = pearson(x).flatten(2)  # (L, L, inputs)
-            pairs = found[torch.ones(found.shape[:2]).tril(-1).bool()]  # (pairs, inputs)
+            pairs = found[torch.ones(found.shape[:2]).tril(-1).bool()]
             pairs, mean = pairs[pairs.isfinite()], found.nanmean(-1)
             spread = (found - mean[..., None]).square().nanmean(-1).sqrt()
             shares = {f"{q}%": pairs.quantile(q / 100).item() for q in (5, 25, 50, 75, 95) if len(pairs)}
             numbers[f"{who}, {kind}"] = {"mean": mean, "spread": spread, "all pairs and inputs": shares}
-            heat_map(axes, mean, names, names, f"{who}, {kind}: mean over inputs", signed=True)
+            heat_map(axes, mean, names, names, f"{who}, {kind}: mean over inputs", vmin=-1, cmap="RdBu_r")
             row[2].hist(pairs, bins=100, range=(-1, 1), density=True, alpha=0.6, label=kind)
         row[2].set(title=f"{who}: all pairs and inputs", xlabel="Pearson over channels", ylabel="density")
         row[2].legend(loc="upper left")
@@ -223,12 +213,11 @@ def forest_importance(gates: Tensor, seed: int, num_channels: int = 32) -> tuple
     gates: (L, inputs, D). A forest predicts a block's channels from those of all earlier blocks; importances
     add up over a block's channels, of which, to bound the time, at most `num_channels` take part.
     """
-    num_blocks, _, dim = gates.shape
-    channels = numpy_generator(seed, Stream.ORDER, 0).permutation(dim)[:num_channels]
-    x = gates[:, :, torch.from_numpy(channels)].numpy()  # (L, inputs, C)
-    found, r2 = torch.full((num_blocks, num_blocks), math.nan), torch.full((num_blocks,), math.nan)
+    channels = torch.from_numpy(numpy_generator(seed, Stream.ORDER, 0).permutation(gates.shape[-1]))
+    x = gates[..., channels[:num_channels]].numpy()  # (L, inputs, C)
+    found, r2 = torch.full((len(x), len(x)), math.nan), torch.full((len(x),), math.nan)
     options = {"max_features": 1 / 3, "min_samples_leaf": 3, "oob_score": True, "random_state": seed}
-    for i in tqdm(range(1, num_blocks), desc="forests", unit="block", leave=False):
+    for i in tqdm(range(1, len(x)), desc="forests", unit="block", leave=False):
         forest = RandomForestRegressor(100, **options, n_jobs=torch.get_num_threads())
         forest.fit(rearrange(x[:i], "l b c -> b (l c)"), x[i])
         found[i, :i] = torch.from_numpy(reduce(forest.feature_importances_, "(l c) -> l", "sum", l=i))
@@ -241,47 +230,41 @@ def importance(subject: Subject) -> Found:
     names, values = read_gates(subject.pipeline.unet, subject)
     figure, numbers = Figure(figsize=(14, 6), layout="constrained"), {}
     for axes, (kind, x) in zip(figure.subplots(1, 2), both(values).items(), strict=True):
-        found, r2 = forest_importance(x.flatten(1, 2), subject.config.seed)
+        found, r2 = forest_importance(x.flatten(1, 2), subject.options.seed)
         numbers[kind] = {"importance": found, "out-of-bag R2": r2}
         rows = [f"{name} (R² {score:.2f})" for name, score in zip(names, r2.tolist(), strict=True)]
-        heat_map(axes, found[1:, :-1], rows[1:], names[:-1], kind)
+        heat_map(axes, found, rows, names, kind, vmin=0)
         axes.set(xlabel="source block", ylabel="predicted block")
     return {"blocks": names, **numbers}, figure
 
 
-def tally(g: Tensor) -> Tensor:
-    """Of |g|: count, sum, sum of squares, zeros, then a histogram over EDGES; tallies add up. float64."""
-    a = g.detach().flatten().abs().double()
-    first = torch.stack([a.new_tensor(len(a)), a.sum(), a.square().sum(), (a == 0).sum()])
-    return torch.cat([first, torch.histc(a.log10(), len(EDGES) - 1, *EDGES[[0, -1]].tolist())]).cpu()
-
-
-def moments(tallied: Tensor) -> dict[str, Any]:
-    """Mean, variance, share of zeros, and density over log10 |g| (EDGES)."""
-    (total, squares, zeros), density = (tallied[1:4] / tallied[0]).tolist(), 10 * tallied[4:] / tallied[0]
-    return {"mean": total, "variance": squares - total**2, "zeros": zeros, "density": density}
-
-
-def gradient_tallies(model: UViT, subject: Subject) -> dict[str, Tensor]:
-    """The tally of |dL/d(block output)| of each block over the fixed inputs; L is the loss of one image."""
-    tallies = dict.fromkeys(blocks_of(model), torch.zeros(3 + len(EDGES)).double())
-
-    def add(g: Tensor, name: str) -> None:
-        tallies[name] = tallies[name] + tally(g)
-
-    def watch(block: nn.Module, args: Any, output: Any, name: str) -> None:
-        output[0].register_hook(partial(add, name=name))
-
-    hooks = [b.register_forward_hook(partial(watch, name=n)) for n, b in blocks_of(model).items()]
-    gamma = subject.settings.diffusion.min_snr_gamma
+def gradient_sizes(model: UViT, subject: Subject) -> dict[str, Tensor]:
+    """|dL/d(block output)| of each block over the fixed inputs, in a row; L is the loss of one image."""
+    blocks, outputs, pieces = blocks_of(model), [], []
+    hooks = [b.register_forward_hook(lambda _, args, out: outputs.append(out[0])) for b in blocks.values()]
     for noise, t, x_t in subject.noisy:
         prediction = model(x_t, t, subject.labels).sample
-        loss = denoising_loss(prediction, subject.pipeline.scheduler, gamma, subject.x0, noise, t)
-        (len(t) * loss).backward()  # a sum over images, which do not see each other
+        gamma, scheduler = subject.run.diffusion.min_snr_gamma, subject.pipeline.scheduler
+        loss = denoising_loss(prediction, scheduler, gamma, subject.x0, noise, t)  # a mean over images
+        grads = torch.autograd.grad(len(t) * loss, outputs)
+        pieces.append([g.abs().flatten().cpu() for g in grads])
+        outputs.clear()
     for hook in hooks:
         hook.remove()
-    model.zero_grad()
-    return tallies
+    return {name: torch.cat(row) for name, row in zip(blocks, zip(*pieces, strict=True), strict=True)}
+
+
+def distribution(sizes: Tensor) -> dict[str, Any]:
+    """Mean, variance, share of zeros, and density over log10 of sizes (k,), by EDGES."""
+    mean, variance = sizes.mean(dtype=torch.float64).item(), sizes.double().var(correction=0).item()
+    bins = torch.histc(sizes[sizes > 0].log10(), len(EDGES) - 1, *EDGES[[0, -1]].tolist())
+    density = bins / len(sizes) / (EDGES[1] - EDGES[0])
+    return {
+        "mean": mean,
+        "variance": variance,
+        "zeros": (sizes == 0).double().mean().item(),
+        "density": density,
+    }
 
 
 def gradients(subject: Subject) -> Found:
@@ -293,90 +276,96 @@ def gradients(subject: Subject) -> Found:
     figure, numbers = Figure(figsize=(18, 4.5), layout="constrained"), {}
     panels = figure.subplots(1, 4)
     for i, (name, make) in enumerate(tqdm(models.items(), desc="gradients", unit="model", leave=False)):
-        tallies = gradient_tallies(make(), subject)
+        sizes = gradient_sizes(make(), subject)
+        means = {block: found.mean().item() for block, found in sizes.items()}
         style = {"color": f"C{(i + 1) // 2}", "ls": "--" if "no unit" in name else "-", "label": name}
-        numbers[name] = {"mean by block": {block: moments(t)["mean"] for block, t in tallies.items()}}
-        panels[3].plot(list(tallies), list(numbers[name]["mean by block"].values()), marker=".", **style)
+        panels[3].plot(list(means), list(means.values()), marker=".", **style)
+        numbers[name] = {"mean by block": means}
         for axes, stage in zip(panels[:3], ("in", "mid", "out"), strict=True):
-            found = moments(sum(t for block, t in tallies.items() if block.split()[0] == stage))
+            found = distribution(torch.cat([x for block, x in sizes.items() if block.startswith(stage)]))
             numbers[name][stage] = found
-            axes.plot(EDGES[:-1] + 0.05, found["density"], **style)
-            axes.set(title=stage, xlabel="log10 |dL/d(block output)|", ylabel="density", xlim=(-9, 1))
+            axes.plot(EDGES[1:], found["density"], **style)
+            axes.set(
+                title=f"{stage} blocks", xlabel="log10 |dL/d(block output)|", ylabel="density", xlim=(-9, 1)
+            )
     panels[3].set(title="mean by block", yscale="log")
     panels[3].tick_params("x", rotation=90)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     return {"log10 edges": EDGES, **numbers}, figure
 
 
-def brief_training(
-    subject: Subject, model: dict[str, Any], batches: Batches, seconds: float
-) -> dict[str, Any]:
-    """The run's recipe from its start in float32, warmed up for a tenth of the steps at most, not decayed.
-
-    Diverged: a loss or gradient that is not finite, or twice the first loss at the end (its last tenth).
-    """
-    recipe, num_steps = subject.settings.train, subject.config.num_steps
-    shape = {"num_steps": num_steps, "batch_size": batches.batch_size, "num_accumulation_steps": 1}
-    shape |= {"warmup_steps": min(recipe.warmup_steps, num_steps // 10), "decay": "none"}
-    recipe = replace(recipe, **shape, compile=False, log_every=10)
-    state = trainer.build(recipe, subject.settings.diffusion, model, subject.accelerator)
-    losses, why, spikes, deadline = [], None, trainer.SpikeCounter(), time.perf_counter() + seconds
+def brief_training(subject: Subject, model: dict[str, Any]) -> Iterator[float | str]:
+    """The losses of the run's recipe from its start, in float32; where it breaks, the reason comes last."""
+    options, run, recipe = subject.options, subject.run, subject.run.train
+    changes = {"num_steps": options.num_steps, "batch_size": options.batch_size, "num_accumulation_steps": 1}
+    changes |= {"learning_rate": options.learning_rate or recipe.learning_rate, "decay": "none"}
+    changes |= {"warmup_steps": min(recipe.warmup_steps, options.num_steps // 10)}  # or nothing else is seen
+    recipe = replace(recipe, **changes, compile=False, log_every=1)  # a break shows at once
+    state = trainer.build(recipe, run.diffusion, model, subject.accelerator)
+    batches = Batches(subject.images, run.data, recipe.batch_size, recipe.seed, subject.accelerator.device)
     try:
-        for record in trainer.fit(state, batches):
-            losses.append(record.loss.item())
-            if time.perf_counter() > deadline:
-                break
+        yield from (record.loss.item() for record in trainer.fit(state, batches))
     except trainer.TrainingDiverged as error:
-        why = str(error)
-    subject.accelerator.free_memory()
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    last = finite[-max(1, len(finite) // 10) :]
-    final = sum(last) / len(last) if last else math.nan
-    for loss in finite:
+        yield str(error)
+
+
+def verdict(losses: list[float], why: str | None) -> dict[str, Any]:
+    """Diverged: broken, or twice as bad at the end (the last tenth of the steps) as at the start."""
+    spikes, tenth = trainer.SpikeCounter(), 1 + len(losses) // 10
+    for loss in losses:
         spikes.add(loss)
-    found = {"diverged": bool(why) or final > 2 * losses[0], "why": why, "steps": len(losses)}
-    return found | {"final loss": final, "spikes": spikes.count, "losses": losses}
+    first, last = (fmean(part) if part else math.nan for part in (losses[:tenth], losses[-tenth:]))
+    found = {"diverged": why is not None or last > 2 * first, "why": why, "steps": len(losses)}
+    return found | {"final loss": last, "spikes": spikes.count, "losses": losses}
 
 
 def stability(subject: Subject) -> Found:
-    """Brief trainings without norm or long skips, each with and without the unit (Table XVI, Fig. 14)."""
-    run, seconds = subject.settings, subject.config.max_seconds / 6
-    device = subject.accelerator.device
-    batches = Batches(subject.images, run.data, subject.config.batch_size, run.train.seed, device)
-    figure, numbers = Figure(figsize=(15, 4.5), layout="constrained"), {}
-    variants = {"as it was": {}, "no norm": NO_NORM, "no long skips": NO_SKIPS}
-    with tqdm(total=6, desc="brief trainings", unit="run", leave=False) as bar:
-        for axes, (variant, changes) in zip(figure.subplots(1, 3), variants.items(), strict=True):
-            numbers[variant] = {}
-            for who, model in {"with the unit": run.model, "without": run.model | {"unit": None}}.items():
-                found = brief_training(subject, model | changes, batches, seconds)
-                numbers[variant][who] = found
-                score = f"{found['final loss']:.3f}, {found['spikes']} spikes"
-                verdict = f"diverged ({found['why'] or score})" if found["diverged"] else score
-                axes.plot(range(1, found["steps"] + 1), found["losses"], label=f"{who}: {verdict}")
-                bar.update()
-            axes.set(title=variant, xlabel="step", ylabel="loss", yscale="log")
-            axes.legend()
+    """Brief trainings without norm or long skips, each with and without the unit (Table XVI, Fig. 14).
+
+    They take turns, so that all have made as many steps when the time is up.
+    """
+    figure, numbers = Figure(figsize=(16, 4.5), layout="constrained"), {}
+    variants = {"as configured": {}, "no norm": NO_NORM, "no long skips": NO_SKIPS}
+    model, units = subject.run.model, {"with the unit": {}, "without": {"unit": None}}
+    panels = zip(variants, figure.subplots(1, 3, sharey=True), strict=True)
+    keys = [(variant, axes, unit) for variant, axes in panels for unit in units]
+    trainings = [brief_training(subject, model | variants[v] | units[u]) for v, _, u in keys]
+    items, end = [[] for _ in keys], time.monotonic() + subject.options.max_seconds
+    for _ in tqdm(range(subject.options.num_steps), desc="brief trainings", unit="step", leave=False):
+        for training, losses in zip(trainings, items, strict=True):
+            losses.extend(islice(training, 1))
+        if time.monotonic() > end:
+            break
+    subject.accelerator.free_memory()
+    for (variant, axes, unit), losses in zip(keys, items, strict=True):
+        why = losses.pop() if losses and isinstance(losses[-1], str) else None
+        found = numbers.setdefault(variant, {})[unit] = verdict(losses, why)
+        label = (
+            f"{unit}: {found['final loss']:.4g}, {found['spikes']} spikes" + ", diverged" * found["diverged"]
+        )
+        k = 1 + len(losses) // 30
+        axes.plot(
+            range(k, len(losses) + 1),
+            [fmean(losses[i - k : i]) for i in range(k, len(losses) + 1)],
+            label=label,
+        )
+        axes.set(title=variant, xlabel="step", ylabel=f"loss, mean of {k}", yscale="log")
+        axes.legend()
     return numbers, figure
 
 
 def heat_map(
-    axes: Axes, table: Tensor, rows: list[str], columns: list[str], title: str, signed: bool = False
+    axes: Axes, table: Tensor, rows: list[str], columns: list[str], title: str, **colours: Any
 ) -> None:
-    """Draw table (rows, columns) with its names, a colour bar, and numbers where they fit; NaN stays blank.
-
-    Signed: colours from -1 to 1.
-    """
-    colours = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if signed else {}
-    image = axes.imshow(table, **colours, aspect="auto")
+    """Draw table (rows, columns) with its names, a colour bar, and numbers where they fit; NaN stays blank."""
+    image = axes.imshow(table, aspect="auto", vmax=1 if "vmin" in colours else None, **colours)
     axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 6 else 0)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title, fontsize=10)
     axes.figure.colorbar(image, ax=axes)
     for i, j in table.isfinite().nonzero().tolist() if len(columns) <= 9 else []:
-        dark = torch.tensor(image.to_rgba(table[i, j].item())[:3]).mean() < 0.5
-        colour = "white" if dark else "black"
-        axes.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        colour = "white" if sum(image.to_rgba(table[i, j].item())[:3]) < 1.5 else "black"
+        axes.text(j, i, f"{table[i, j]:.2g}", ha="center", va="center", fontsize=8, color=colour)
 
 
 ANALYSES = {f.__name__: f for f in (gates, correlation, importance, gradients, stability)}

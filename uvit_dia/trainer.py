@@ -189,7 +189,10 @@ def json_like(value: Any) -> Any:
 def make_accelerator(
     precision: str, trackers: list[str] | None = None, project_dir: Path | None = None
 ) -> Accelerator:
-    """The accelerator of a script. On a CPU it undoes the launcher's default of one thread a process."""
+    """The accelerator of a script. On a CPU it undoes the launcher's default of one thread a process.
+
+    ConfigError for a tracker that is not installed.
+    """
     installed = [tracker.value for tracker in get_available_trackers()]
     for name in trackers or []:
         if name not in installed:
@@ -198,6 +201,7 @@ def make_accelerator(
             )
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said, or two CPU processes would be two runs
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=trackers,
         project_dir=project_dir,
@@ -331,7 +335,7 @@ def loss_of(state: TrainState, x0: Tensor, noise: Tensor, t: Tensor, labels: Ten
 
 
 def draw(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Noise (b, C, H, W), timesteps (b,), labels (b,) after label drop: drawn for the global batch, sliced."""
+    """Noise (b, C, H, W), timesteps (b,), labels (b,) after label drop: the global batch's, sliced."""
     config, accelerator = state.config, state.accelerator
     total, device = config.batch_size, accelerator.device
     share = total // accelerator.num_processes

@@ -237,7 +237,9 @@ class UViT(ModelMixin, ConfigMixin):
     ) -> tuple[Tensor, State]:
         inputs = (x, skip, self.shared_unit, state, number, self.grid)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, context_fn=self.recomputation)
+            # Compiled code writes the statistics once, and takes no contexts.
+            contexts = {} if torch.compiler.is_compiling() else {"context_fn": self.recomputation}
+            return checkpoint(block, *inputs, use_reentrant=False, **contexts)
         return block(*inputs)
 
     def recomputation(self) -> tuple[AbstractContextManager, AbstractContextManager]:

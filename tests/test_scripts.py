@@ -1,0 +1,242 @@
+"""The commands as people run them: a tiny run end to end, several processes, signals, and one-line errors."""
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from uvit_dia import errors
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--model.embed_dim 16 --model.depth 2 --model.num_heads 2 --model.patch_size 4 --train.num_steps 20 "
+    "--train.batch_size 8 --train.warmup_steps 2 --train.decay none --train.log_every 1 "
+    "--train.checkpoint_every 10 "
+    "--train.preview_every 20 --sample.num_images 4 --sample.steps 3 --model.unit.kind dia_lstm"
+).split()
+
+
+def command(script: str, *args: object, processes: int = 1) -> list[str]:
+    launch = [sys.executable]
+    if processes > 1:
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            "--master_port=29533",
+        ]
+    return [*launch, str(ROOT / "scripts" / f"{script}.py"), *map(str, args)]
+
+
+def run(script: str, *args: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command(script, *args, processes=processes),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def call(script: str, *args: object) -> tuple[int, str]:
+    """The same within this process, for what ends early: exit code and what stands on stderr."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(err):
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        code = errors.run(module.main)
+    return code, err.getvalue()
+
+
+def train(folder: Path, *args: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    return run("train", *TINY, "--output_dir", folder, *args, processes=processes)
+
+
+def metrics(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in r.items() if key != "images_per_second"} for r in records]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    done = train(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_says(trained):
+    assert [r["step"] for r in metrics(trained)] == list(range(1, 21))
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["step_00000010", "step_00000020"]
+    assert (trained / "samples" / "step_00000020.png").is_file() and (trained / "config.yaml").is_file()
+    assert any((trained / "tensorboard").rglob("events*"))
+    assert json.loads((trained / "pipeline" / "training.json").read_text())["step"] == 20
+
+
+def test_sampling_a_run_writes_the_images_that_were_asked_for(trained, tmp_path):
+    done = run(
+        "sample", trained, "--num_images", 5, "--grid", tmp_path / "g.png", "--dir", tmp_path / "images"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "images").glob("*.png"))) == 5 and (tmp_path / "g.png").is_file()
+    again = run("sample", trained / "pipeline", "--num_images", 2, "--steps", 3, "--dir", tmp_path / "two")
+    assert again.returncode == 0, again.stderr
+    for name in ("000000.png", "000001.png"):
+        ours, theirs = (np.asarray(Image.open(tmp_path / d / name)) for d in ("images", "two"))
+        assert np.array_equal(ours, theirs)
+
+
+def test_two_processes_see_the_same_batches_and_losses_and_draw_the_same_images(trained, tmp_path):
+    done = train(tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(metrics(trained), metrics(tmp_path / "two"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    drawn = run("sample", trained, "--num_images", 5, "--batch_size", 2, "--dir", tmp_path / "b", processes=2)
+    alone = run("sample", trained, "--num_images", 5, "--batch_size", 2, "--dir", tmp_path / "a")
+    assert drawn.returncode == alone.returncode == 0, drawn.stderr
+    for path in sorted((tmp_path / "a").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_scoring_on_two_processes_gives_the_card_of_one(trained, tmp_path):
+    options = ["--num_images", 20, "--cache_dir", tmp_path / "cache", "--kid_subset_size", 10, "--reference"]
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for i in range(20):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
+    cards = []
+    for processes in (1, 2):
+        card = tmp_path / f"{processes}.json"
+        done = run("evaluate", trained, *options, folder, "--card", card, processes=processes)
+        assert done.returncode == 0, done.stderr
+        cards.append(json.loads(card.read_text()))
+    for name, value in cards[0]["metrics"].items():
+        assert cards[1]["metrics"][name] == pytest.approx(value, abs=1e-3)
+    assert cards[0]["reference"] == cards[1]["reference"] and cards[0]["provenance"]["step"] == 20
+
+
+def test_a_report_is_one_page_with_its_pictures_inside(trained):
+    done = run("report", trained)
+    page = (trained / "report.html").read_text()
+    assert done.returncode == 0 and str(trained / "report.html") in done.stdout
+    assert page.count("data:image/png;base64") == 2 and "20 steps, 160 images" in page
+    assert "http" not in page.replace("https://", "http").split("config.yaml")[0]
+
+
+def test_a_signal_saves_and_going_on_equals_never_having_stopped(trained, tmp_path):
+    folder = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command(
+            "train",
+            *TINY,
+            "--output_dir",
+            folder,
+            "--train.checkpoint_every",
+            1000,
+            "--train.num_steps",
+            5000,
+        ),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (folder / "metrics.jsonl").is_file() or not metrics(folder):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    (saved,) = (folder / "checkpoints").iterdir()
+    done = train(folder, "--resume", "--train.num_steps", max(20, int(saved.name.split("_")[1])))
+    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
+    assert metrics(folder)[:20] == metrics(trained)
+    if metrics(folder)[-1]["step"] == 20:
+        ours, theirs = (load_file(f / "checkpoints/step_00000020/ema.safetensors") for f in (folder, trained))
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_going_on_from_a_named_checkpoint_into_a_new_folder(trained, tmp_path):
+    done = train(tmp_path / "branch", "--resume", trained / "checkpoints" / "step_00000010")
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "branch") == metrics(trained)[10:]
+
+
+def parquet(path: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["no image"]}), path)
+    return path
+
+
+BAD = {
+    "unknown key": ("train", ["--train.batchsize", 3], "did you mean 'train.batch_size'?"),
+    "wrong type": ("train", ["--train.batch_size", "x"], "train.batch_size"),
+    "does not divide": ("train", ["--train.num_accumulation_steps", 3], "train.batch_size: 8 will not do"),
+    "patch": ("train", ["--model.patch_size", 3], "model.patch_size: 3 will not do"),
+    "no data set": ("train", ["--data.dataset", "folder", "--data.path", "{tmp}/nowhere"], "data.path"),
+    "no column": ("train", ["--data.dataset", "hub", "--data.path", "{parquet}"], "data.image_column"),
+    "no checkpoint": ("train", ["--resume", "{tmp}/nowhere"], "not a whole checkpoint"),
+    "another model": (
+        "train",
+        ["--resume", "{run}/checkpoints/step_00000020", "--model.depth", 4],
+        "model.depth",
+    ),
+    "run exists": ("train", ["--output_dir", "{run}"], "--resume"),
+    "no labels row": ("train", ["--model.num_classes", 3], "model.num_classes"),
+    "zero images": ("sample", ["{run}", "--num_images", 0, "--grid", "{tmp}/g.png"], "sample.num_images: 0"),
+    "nothing to write": ("sample", ["{run}"], "--grid"),
+    "no run": ("sample", ["{tmp}", "--grid", "{tmp}/g.png"], "neither a run"),
+    "zero to score": ("evaluate", ["{run}", "--num_images", 0], "evaluate.num_images: 0"),
+    "no weights": ("evaluate", ["{run}", "--extractor", "inception-v3-compat"], "efficientnet-lite0"),
+    "no reference": ("evaluate", ["{run}/pipeline"], "--reference"),
+    "no run to report": ("report", ["{tmp}"], "config.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(case, trained, tmp_path):
+    script, args, says = BAD[case]
+    places = {"tmp": tmp_path, "run": trained, "parquet": parquet(tmp_path / "p.parquet")}
+    args = [str(arg).format(**places) for arg in args]
+    if script == "train" and "--output_dir" not in args:
+        args += ["--output_dir", str(tmp_path / "out")]
+    before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
+    code, err = call(script, *(TINY if script == "train" else []), *args)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and says in lines[0], err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "g.png").exists()
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
+
+
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "report"])
+def test_help_is_helpful(script, capsys):
+    with pytest.raises(SystemExit) as done:
+        call(script, "--help")
+    text = capsys.readouterr().out
+    assert done.value.code == 0 and "usage:" in text and len(text.splitlines()) > 5
+
+
+def test_the_training_process_itself_exits_with_2_and_prints_one_line(tmp_path):
+    done = run("train", "--train.batchsize", 3, "--output_dir", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: train.batchsize")
+    assert "Traceback" not in done.stderr
