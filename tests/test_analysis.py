@@ -2,10 +2,11 @@
 
 import json
 import math
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from uvit_dia import analysis as an
-from uvit_dia import checkpoint, config, trainer
+from uvit_dia import checkpoint, config, errors, trainer
 from uvit_dia.attention_units import UnitConfig
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.data import Batches, load_images
@@ -53,13 +54,15 @@ def subject(run) -> an.Subject:
     return an.load_subject(run, an.AnalyzeConfig(**SMALL, num_steps=4, batch_size=4), Accelerator(cpu=True))
 
 
-def analyze(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "analyze.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def analyze(*arguments: str) -> int:
+    """The exit code of scripts/analyze.py, in this process."""
+    script = runpy.run_path(str(ROOT / "scripts" / "analyze.py"))
+    with mock.patch.object(sys, "argv", ["analyze.py", *arguments]):
+        return errors.run(script["main"])
 
 
 def with_options(subject: an.Subject, **options) -> an.Subject:
-    return subject._replace(config=replace(subject.config, **options))
+    return subject._replace(options=replace(subject.options, **options))
 
 
 def test_correlation_is_1_of_equal_gates_minus_1_of_mirrored_0_of_independent_and_nan_of_flat_ones():
@@ -118,7 +121,7 @@ def test_saturation_counts_the_ends_of_the_range_of_each_activation():
 @pytest.mark.parametrize("sharing", ["all", "stage", "none"])
 def test_gates_stand_in_the_order_of_the_blocks_under_their_names(subject, sharing):
     unit = {"kind": "constant", "sharing": sharing, "blocks": [0, 2, 3]}
-    model = UViT(**subject.settings.model | {"unit": unit}).eval()
+    model = UViT(**subject.run.model | {"unit": unit}).eval()
     calls = iter(range(100))
     for module in model.shared_unit.units:
         module.register_forward_hook(lambda _, args, out: (out[0] * 0 + next(calls), out[1]))
@@ -129,7 +132,7 @@ def test_gates_stand_in_the_order_of_the_blocks_under_their_names(subject, shari
 
 
 def test_a_spatial_gate_is_averaged_over_tokens(subject):
-    model = UViT(**subject.settings.model | {"unit": {"kind": "cbam"}}).eval()
+    model = UViT(**subject.run.model | {"unit": {"kind": "cbam"}}).eval()
     seen = []
     model.shared_unit.units[0].register_forward_hook(lambda _, args, out: seen.append(out[0]))
     _, gates = an.read_gates(model, subject)
@@ -147,10 +150,10 @@ def test_gradients_equal_plain_autograd_on_what_is_added_to_a_block(subject):
 
         return hook
 
-    tallies = an.gradient_tallies(model, subject)
+    sizes = an.gradient_sizes(model, subject)
     for name, block in an.blocks_of(model).items():
         block.register_forward_hook(nudge(name))
-    expected = {name: [] for name in tallies}
+    expected = {name: [] for name in sizes}
     for noise, t, x_t in subject.noisy:
         for i in range(len(t)):  # image by image
             one = slice(i, i + 1)
@@ -160,29 +163,25 @@ def test_gradients_equal_plain_autograd_on_what_is_added_to_a_block(subject):
             )
             for name, g in zip(deltas, torch.autograd.grad(loss, list(deltas.values())), strict=True):
                 expected[name].append(g.abs().flatten().double())
-    assert list(tallies) == ["in 0", "in 1", "mid", "out 0", "out 1"]
+    assert list(sizes) == ["in 0", "in 1", "mid", "out 0", "out 1"]
     for name, pieces in expected.items():
-        g, found = torch.cat(pieces), an.moments(tallies[name])
-        assert found["mean"] == pytest.approx(g.mean().item(), rel=1e-4)
-        assert found["variance"] == pytest.approx(g.var(correction=0).item(), rel=1e-3)
-        assert found["zeros"] == pytest.approx((g == 0).double().mean().item())
+        assert torch.allclose(sizes[name].double(), torch.cat(pieces), rtol=1e-3, atol=1e-9)
 
 
-def test_moments_of_added_tallies_are_those_of_all_values():
-    pieces = [torch.tensor([0.0, -1.0]), torch.tensor([[10.0, 100.0]])]
-    found = an.moments(sum(an.tally(x) for x in pieces))
+def test_a_distribution_has_the_moments_and_the_density_of_its_values():
+    found = an.distribution(torch.tensor([0.0, 1.0, 10.0, 100.0]))
     assert found["mean"] == pytest.approx(111 / 4)
     assert found["variance"] == pytest.approx((1 + 100 + 10_000) / 4 - (111 / 4) ** 2)
     assert found["zeros"] == 0.25
-    width = (an.EDGES[1] - an.EDGES[0]).item()
-    assert found["density"].sum().item() * width == pytest.approx(0.75, rel=1e-4)
+    share = found["density"] * (an.EDGES[1] - an.EDGES[0])
+    assert share.sum().item() == pytest.approx(0.75, rel=1e-4)
     for exponent in (0, 1, 2):
         i = (an.EDGES - exponent).abs().argmin()
-        assert found["density"][i - 1 : i + 1].max() * width == pytest.approx(0.25, rel=1e-4)
+        assert share[i - 1 : i + 1].max() == pytest.approx(0.25, rel=1e-4)
 
 
 def test_a_brief_training_that_breaks_says_where_and_a_calm_one_runs_to_its_end(subject):
-    model = subject.settings.model
+    model = subject.run.model
     *losses, why = an.brief_training(with_options(subject, learning_rate=1e38), model)
     assert "not finite" in why and an.verdict(losses, why)["diverged"]
     calm = an.verdict(list(an.brief_training(subject, model)), None)
@@ -211,11 +210,10 @@ def test_brief_trainings_take_turns_and_end_when_their_time_is_over(subject):
     assert all(v["diverged"] for variant in numbers.values() for v in variant.values())
 
 
-def test_every_analysis_of_a_run_writes_strict_json_and_a_picture(run):
+def test_every_analysis_of_a_run_writes_strict_json_and_a_picture(run, capsys):
     small = ["--num_images=4", "--timesteps=[100,900]", "--num_steps=3", "--batch_size=4"]
-    done = analyze(str(run), *small)
-    assert done.returncode == 0, done.stderr
-    paths = [Path(line) for line in done.stdout.splitlines()]
+    assert analyze(str(run), *small) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [p.name for p in paths] == [f"{name}.{end}" for name in an.ANALYSES for end in ("json", "png")]
 
     def refuse(constant):
@@ -233,19 +231,18 @@ def test_every_analysis_of_a_run_writes_strict_json_and_a_picture(run):
 
 
 def test_the_same_seed_gives_the_same_numbers(run):
-    config = an.AnalyzeConfig(only="gates,gradients", **SMALL)
-    texts = []
+    options, texts = an.AnalyzeConfig(only="gates,gradients", **SMALL), []
     for _ in range(2):
-        list(an.analyze(run, config, Accelerator(cpu=True)))
-        texts.append([(run / "analysis" / f"{name}.json").read_text() for name in config.names])
+        paths = list(an.analyze(run, options, Accelerator(cpu=True)))
+        texts.append([path.read_text() for path in paths if path.suffix == ".json"])
     assert texts[0] == texts[1]
 
 
-def test_what_can_not_be_analysed_is_one_line_and_exit_code_2(tmp_path):
+def test_a_run_without_a_unit_is_one_line_and_exit_code_2(tmp_path, capsys):
     root = train(tmp_path / "plain", "--model.unit=null")
-    done = analyze(str(root))
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "no attention unit" in done.stderr
+    assert analyze(str(root)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and "no attention unit" in printed.err
 
 
 @pytest.mark.parametrize(

@@ -404,7 +404,7 @@ def test_running_statistics_are_copied_to_the_averaged_model_and_kept_by_checkpo
     [
         ({"kind": "dia_lstmm"}, "did you mean 'dia_lstm'"),
         ({"kind": "constant", "reduction": 4}, "model.unit.reduction.*constant takes"),
-        ({"kind": "srm", "reduction": 4}, r"model.unit.reduction.*srm takes \[\]"),
+        ({"kind": "srm", "reduction": 4}, "model.unit.reduction.*srm takes none"),
         ({"kind": "se", "num_cells": 2}, "model.unit.num_cells.*se takes"),
         ({"kind": "spa", "pool": "all"}, "model.unit.pool.*grid"),
         ({"kind": "dia_lstm", "gate_scal": 4}, "did you mean 'gate_scale'"),

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -256,28 +255,23 @@ def gradient_sizes(model: UViT, subject: Subject) -> dict[str, Tensor]:
 
 def distribution(sizes: Tensor) -> dict[str, Any]:
     """Mean, variance, share of zeros, and density over log10 of sizes (k,), by EDGES."""
-    mean, variance = sizes.mean(dtype=torch.float64).item(), sizes.double().var(correction=0).item()
-    bins = torch.histc(sizes[sizes > 0].log10(), len(EDGES) - 1, *EDGES[[0, -1]].tolist())
-    density = bins / len(sizes) / (EDGES[1] - EDGES[0])
-    return {
-        "mean": mean,
-        "variance": variance,
-        "zeros": (sizes == 0).double().mean().item(),
-        "density": density,
-    }
+    variance, mean = (x.item() for x in torch.var_mean(sizes.double(), correction=0))
+    density = torch.histc(sizes[sizes > 0].log10(), len(EDGES) - 1, *EDGES[[0, -1]].tolist())
+    density /= len(sizes) * (EDGES[1] - EDGES[0])
+    return {"mean": mean, "variance": variance, "zeros": 1 - (sizes > 0).double().mean(), "density": density}
 
 
 def gradients(subject: Subject) -> Found:
     """|dL/d(block output)| by stage (Fig. 13): trained, and untrained, also without skips or the unit."""
-    models = {"trained": lambda: subject.pipeline.unet}
+    models: dict[str, Any] = {"trained": None}
     for name, changes in {"untrained": {}, "no long skips": NO_SKIPS, "no residuals": NO_RESIDUALS}.items():
-        models[name] = partial(subject.fresh, **changes)
-        models[f"{name}, no unit"] = partial(subject.fresh, **changes, unit=None)
+        models |= {name: changes, f"{name}, no unit": changes | {"unit": None}}
     figure, numbers = Figure(figsize=(18, 4.5), layout="constrained"), {}
     panels = figure.subplots(1, 4)
-    for i, (name, make) in enumerate(tqdm(models.items(), desc="gradients", unit="model", leave=False)):
-        sizes = gradient_sizes(make(), subject)
-        means = {block: found.mean().item() for block, found in sizes.items()}
+    for i, (name, changes) in enumerate(tqdm(models.items(), desc="gradients", unit="model", leave=False)):
+        model = subject.pipeline.unet if changes is None else subject.fresh(**changes)
+        sizes = gradient_sizes(model, subject)
+        means = {block: x.mean().item() for block, x in sizes.items()}
         style = {"color": f"C{(i + 1) // 2}", "ls": "--" if "no unit" in name else "-", "label": name}
         panels[3].plot(list(means), list(means.values()), marker=".", **style)
         numbers[name] = {"mean by block": means}
@@ -285,9 +279,7 @@ def gradients(subject: Subject) -> Found:
             found = distribution(torch.cat([x for block, x in sizes.items() if block.startswith(stage)]))
             numbers[name][stage] = found
             axes.plot(EDGES[1:], found["density"], **style)
-            axes.set(
-                title=f"{stage} blocks", xlabel="log10 |dL/d(block output)|", ylabel="density", xlim=(-9, 1)
-            )
+            axes.set(title=f"{stage} blocks", xlabel="log10 |dL/d(output)|", ylabel="density", xlim=(-9, 1))
     panels[3].set(title="mean by block", yscale="log")
     panels[3].tick_params("x", rotation=90)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
@@ -340,32 +332,26 @@ def stability(subject: Subject) -> Found:
     for (variant, axes, unit), losses in zip(keys, items, strict=True):
         why = losses.pop() if losses and isinstance(losses[-1], str) else None
         found = numbers.setdefault(variant, {})[unit] = verdict(losses, why)
-        label = (
-            f"{unit}: {found['final loss']:.4g}, {found['spikes']} spikes" + ", diverged" * found["diverged"]
-        )
+        label = f"{unit}: {found['final loss']:.4g}, {found['spikes']} spikes"
+        label += ", diverged" * found["diverged"]
         k = 1 + len(losses) // 30
-        axes.plot(
-            range(k, len(losses) + 1),
-            [fmean(losses[i - k : i]) for i in range(k, len(losses) + 1)],
-            label=label,
-        )
+        smooth = [fmean(losses[i - k : i]) for i in range(k, len(losses) + 1)]
+        axes.plot(range(k, len(losses) + 1), smooth, label=label)
         axes.set(title=variant, xlabel="step", ylabel=f"loss, mean of {k}", yscale="log")
         axes.legend()
     return numbers, figure
 
 
-def heat_map(
-    axes: Axes, table: Tensor, rows: list[str], columns: list[str], title: str, **colours: Any
-) -> None:
-    """Draw table (rows, columns) with its names, a colour bar, and numbers where they fit; NaN stays blank."""
-    image = axes.imshow(table, aspect="auto", vmax=1 if "vmin" in colours else None, **colours)
+def heat_map(axes: Axes, x: Tensor, rows: list[str], columns: list[str], title: str, **style: Any) -> None:
+    """Draw a table (rows, columns) with a colour bar, and numbers where they fit; NaN stays blank."""
+    image = axes.imshow(x, aspect="auto", vmax=1 if "vmin" in style else None, **style)
     axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 6 else 0)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title, fontsize=10)
     axes.figure.colorbar(image, ax=axes)
-    for i, j in table.isfinite().nonzero().tolist() if len(columns) <= 9 else []:
-        colour = "white" if sum(image.to_rgba(table[i, j].item())[:3]) < 1.5 else "black"
-        axes.text(j, i, f"{table[i, j]:.2g}", ha="center", va="center", fontsize=8, color=colour)
+    for i, j in x.isfinite().nonzero().tolist() if len(columns) <= 9 else []:
+        colour = "white" if sum(image.to_rgba(x[i, j].item())[:3]) < 1.5 else "black"
+        axes.text(j, i, f"{x[i, j]:.2g}", ha="center", va="center", fontsize=8, color=colour)
 
 
 ANALYSES = {f.__name__: f for f in (gates, correlation, importance, gradients, stability)}

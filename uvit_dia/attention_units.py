@@ -318,7 +318,7 @@ class UnitConfig:
     """One attention unit and how the blocks share it. Options left at "default" take the kind's own value."""
 
     kind: Kind  # which unit
-    sharing: Literal["all", "stage", "none"] = "all"  # one unit in all; a stage (in, mid, out); a block
+    sharing: Literal["all", "stage", "none"] = "all"  # one unit for all blocks, a stage, or a block
     blocks: list[int] | str = "all"  # that have a unit: all; a list; "every 3": 0, 3, 6 ...; "without mid"
     pool: Literal["patches", "all"] = "patches"  # the tokens that are pooled; the gate scales all of them
     gate_scale: float = 1.0  # multiplies the gate; 4 starts DIA-LSTM near the identity: sig(0)² is 1/4
@@ -334,7 +334,8 @@ class UnitConfig:
         known = [p.name for p in parameters if p.kind == Parameter.KEYWORD_ONLY]
         for name, value in self.options().items():
             if name not in known:
-                raise ConfigError(f"model.unit.{name}", value, f"no option, as {self.kind} takes {known}")
+                takes = f"no such option: {self.kind} takes {', '.join(known) or 'none'}"
+                raise ConfigError(f"model.unit.{name}", value, takes)
         if self.num_cells != "default" and self.num_cells < 1:
             raise ConfigError("model.unit.num_cells", self.num_cells, "1 or more")
         if self.kind in GRID_KINDS and self.pool == "all":

@@ -7,7 +7,7 @@ not finite raises a flag on the device that masks every later optimizer step; th
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -123,8 +123,10 @@ class TrainState:
     ema: EMA
     scheduler: DDPMScheduler
     gamma: float | None  # diffusion.min_snr_gamma
-    first_bad: Tensor  # on the device: the first step with a number that is not finite; -1: none
-    step: int = 0  # optimizer steps taken
+    run: Callable[..., tuple[Tensor, Tensor]]  # `update`, or its CUDA graph
+    bad: Tensor  # bool on the device, sticky: a number was not finite, and no step is taken any more
+    taken: Tensor  # on the device: optimizer steps taken with finite numbers
+    step: int = 0  # the same, of the host
     unread: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (loss, grad_norm) still on the device
     interval: list[list[float]] = field(default_factory=list)  # the same, read, since the last summary
     spikes: SpikeCounter = field(default_factory=SpikeCounter)
@@ -168,6 +170,7 @@ class TrainState:
         if self.accelerator.scaler and info["scaler"]:
             self.accelerator.scaler.load_state_dict(info["scaler"])
         self.step = info["step"]
+        self.taken.fill_(self.step)
         self.interval = info["interval"]
         self.spikes.count = info["spikes"]["count"]
         self.spikes.losses.extend(info["spikes"]["losses"])
@@ -259,19 +262,31 @@ def build(
         model.enable_gradient_checkpointing()
     if config.compile:
         model.compile()
+    device, alone = accelerator.device, accelerator.num_processes == 1
+    graphed = config.compile and device.type == "cuda" and alone and not accelerator.scaler
     optimizer = torch.optim.AdamW(
         model.parameters(),
-        lr=config.learning_rate,
+        lr=torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
         fused=True,
+        capturable=graphed,
     )
     network, optimizer = accelerator.prepare(model, optimizer)
     scheduler = make_scheduler(diffusion)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
-    first_bad = torch.full((), -1, dtype=torch.long, device=accelerator.device)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     return TrainState(
-        config, accelerator, model, network, optimizer, ema, scheduler, diffusion.min_snr_gamma, first_bad
+        config,
+        accelerator,
+        model,
+        network,
+        optimizer,
+        ema,
+        scheduler,
+        gamma=diffusion.min_snr_gamma,
+        run=GraphedUpdate() if graphed else update,
+        bad=torch.zeros((), dtype=torch.bool, device=device),
+        taken=torch.zeros((), dtype=torch.long, device=device),
     )
 
 
@@ -310,21 +325,62 @@ def fit(state: TrainState, batches: Batches) -> Iterator[Record]:
 
 def train_step(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
     """One optimizer step on this process's share of the batch; returns its loss and the gradient norm."""
+    rate = learning_rate(state.config, state.step)
+    for group in state.optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return state.run(state, batch.images, *draw(state, batch))
+
+
+def update(
+    state: TrainState, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The step on the device, from this process's images to the averaged weights, without asking the host."""
     config, accelerator = state.config, state.accelerator
-    noise, t, labels = draw(state, batch)
-    size = len(batch.images) // config.num_accumulation_steps
+    size = len(images) // config.num_accumulation_steps
     loss = torch.zeros((), device=accelerator.device)
     for i in range(config.num_accumulation_steps):
         part = slice(i * size, (i + 1) * size)
         last = i == config.num_accumulation_steps - 1
         with nullcontext() if last else accelerator.no_sync(state.network):
-            inputs = [x if x is None else x[part] for x in (batch.images, noise, t, labels)]
+            inputs = [x if x is None else x[part] for x in (images, noise, t, labels)]
             micro = loss_of(state, *inputs) / config.num_accumulation_steps
             # After a loss that is not finite every gradient is nan, on every process: none takes the step.
-            good = torch.isfinite(micro.detach()) & (state.first_bad < 0)
+            good = torch.isfinite(micro.detach()) & ~state.bad
             accelerator.backward(micro * torch.where(good, 1.0, math.nan))
         loss += micro.detach()
     return loss, optimizer_step(state, loss)
+
+
+class GraphedUpdate:
+    """`update` as one CUDA graph: at small batches launching a step takes longer than running it.
+
+    The first calls run eagerly, which compiles, allocates and gives the average its constant decay.
+    """
+
+    def __init__(self, num_eager: int = 3) -> None:
+        self.left, self.graph = num_eager, torch.cuda.CUDAGraph()
+        self.inputs: list[Tensor] = []  # where the graph reads and writes
+        self.outputs: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.left:
+            self.left -= 1
+            return update(state, *inputs)
+        given = [x for x in inputs if x is not None]
+        if self.outputs is None:
+            self.inputs = [x.clone() for x in given]
+            static = iter(self.inputs)
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.outputs = update(state, *(x if x is None else next(static) for x in inputs))
+            state.ema.step -= 1  # recorded, not yet done
+        torch._foreach_copy_(self.inputs, given)
+        self.graph.replay()
+        state.ema.step += 1
+        loss, grad_norm = self.outputs
+        return loss.clone(), grad_norm.clone()
 
 
 def loss_of(state: TrainState, x0: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -368,18 +424,11 @@ def optimizer_step(state: TrainState, loss: Tensor) -> Tensor:
     grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.max_grad_norm is not None:
         clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
-    bad = ~torch.isfinite(loss)
-    if (
-        not accelerator.scaler
-    ):  # with loss scaling a gradient that overflows is routine, and the scaler skips it
-        bad |= ~torch.isfinite(grad_norm)
-    state.first_bad = torch.where(bad & (state.first_bad < 0), state.step, state.first_bad)
-    if not accelerator.scaler:
-        optimizer.optimizer.found_inf = (
-            state.first_bad >= 0
-        ).float()  # fused AdamW then leaves the weights alone
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
+    state.bad |= ~torch.isfinite(loss)
+    if not accelerator.scaler:  # with loss scaling an overflow is routine, and the scaler skips the step
+        state.bad |= ~torch.isfinite(grad_norm)
+        optimizer.optimizer.found_inf = state.bad.float()  # fused AdamW then leaves the weights alone
+    state.taken += ~state.bad
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     state.ema.update()
@@ -391,8 +440,9 @@ def agree(state: TrainState) -> tuple[int, bool]:
     values = torch.stack([torch.stack(pair).float() for pair in state.unread])  # (steps, 2)
     state.interval += state.accelerator.reduce(values, reduction="mean").tolist()
     state.unread.clear()
-    stop = torch.full_like(state.first_bad, int(state.stop_requested))
-    flags = state.accelerator.gather(torch.stack([state.first_bad, stop])[None])  # (processes, 2)
+    first_bad = torch.where(state.bad, state.taken, -1)
+    stop = torch.full_like(first_bad, int(state.stop_requested))
+    flags = state.accelerator.gather(torch.stack([first_bad, stop])[None])  # (processes, 2)
     first_bad, stop = flags.max(dim=0).values.tolist()
     scaler = state.accelerator.scaler
     if scaler and scaler.get_scale() < 1e-3:

@@ -6,7 +6,7 @@ they are. The shared attention unit sits between norm2 and the MLP of every bloc
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -237,14 +237,11 @@ class UViT(ModelMixin, ConfigMixin):
     ) -> tuple[Tensor, State]:
         inputs = (x, skip, self.shared_unit, state, number, self.grid)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            # Compiled code writes the statistics once, and takes no contexts.
-            contexts = {} if torch.compiler.is_compiling() else {"context_fn": self.recomputation}
+            contexts = {"context_fn": lambda: (nullcontext(), frozen_statistics(self))}
+            if torch.compiler.is_compiling():  # takes no contexts, and writes the statistics once anyway
+                contexts = {}
             return checkpoint(block, *inputs, use_reentrant=False, **contexts)
         return block(*inputs)
-
-    def recomputation(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Around a checkpointed block, and around the second time that it runs."""
-        return nullcontext(), frozen_statistics(self)
 
     def to_pixels(self, x: Tensor) -> Tensor:
         x = self.decoder_pred(self.norm(x))[:, self.num_extra :]  # (B, patches, p² C)
@@ -294,13 +291,13 @@ class UViT(ModelMixin, ConfigMixin):
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """BatchNorm keeps its running statistics, though it normalizes by the batch: no batch counts twice."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
+    momenta = {norm: norm.momentum for norm in norms}
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum in momenta.items():
             norm.momentum = momentum
 
 
