@@ -51,7 +51,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def subject(run) -> an.Subject:
-    return an.load_subject(run, an.AnalyzeConfig(**SMALL, num_steps=4, batch_size=4), Accelerator(cpu=True))
+    return an.load_subject(run, an.AnalyzeConfig(**SMALL, num_steps=4, batch_size=16), Accelerator(cpu=True))
 
 
 def analyze(*arguments: str) -> int:

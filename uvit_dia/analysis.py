@@ -168,7 +168,8 @@ def gates(subject: Subject) -> Found:
     statistics = gate_statistics(values, UnitConfig.of(subject.run.model["unit"]))
     figure = Figure(figsize=(17, 2.2 + 0.25 * len(names)), layout="constrained")
     for axes, (title, table) in zip(figure.subplots(1, len(statistics)), statistics.items(), strict=True):
-        heat_map(axes, table, names, [str(t) for t in subject.options.timesteps], title)
+        style = {"vmin": 0} if title.startswith("share") else {}
+        heat_map(axes, table, names, [str(t) for t in subject.options.timesteps], title, **style)
         axes.set_xlabel("timestep")
     return {"blocks": names, **statistics}, figure
 
@@ -200,8 +201,9 @@ def correlation(subject: Subject) -> Found:
             shares = {f"{q}%": pairs.quantile(q / 100).item() for q in (5, 25, 50, 75, 95) if len(pairs)}
             numbers[f"{who}, {kind}"] = {"mean": mean, "spread": spread, "all pairs and inputs": shares}
             heat_map(axes, mean, names, names, f"{who}, {kind}: mean over inputs", vmin=-1, cmap="RdBu_r")
-            row[2].hist(pairs, bins=100, range=(-1, 1), density=True, alpha=0.6, label=kind)
+            row[2].hist(pairs, bins=100, range=(-1, 1), density=len(pairs) > 0, alpha=0.6, label=kind)
         row[2].set(title=f"{who}: all pairs and inputs", xlabel="Pearson over channels", ylabel="density")
+        row[2].set_xticks([-1, -0.5, 0, 0.5, 1])
         row[2].legend(loc="upper left")
     return {"blocks": names, **numbers}, figure
 
@@ -231,7 +233,7 @@ def importance(subject: Subject) -> Found:
     for axes, (kind, x) in zip(figure.subplots(1, 2), both(values).items(), strict=True):
         found, r2 = forest_importance(x.flatten(1, 2), subject.options.seed)
         numbers[kind] = {"importance": found, "out-of-bag R2": r2}
-        rows = [f"{name} (R² {score:.2f})" for name, score in zip(names, r2.tolist(), strict=True)]
+        rows = [f"{name} (R² {r2[i]:.2f})" if i else name for i, name in enumerate(names)]
         heat_map(axes, found, rows, names, kind, vmin=0)
         axes.set(xlabel="source block", ylabel="predicted block")
     return {"blocks": names, **numbers}, figure
@@ -279,7 +281,7 @@ def gradients(subject: Subject) -> Found:
             found = distribution(torch.cat([x for block, x in sizes.items() if block.startswith(stage)]))
             numbers[name][stage] = found
             axes.plot(EDGES[1:], found["density"], **style)
-            axes.set(title=f"{stage} blocks", xlabel="log10 |dL/d(output)|", ylabel="density", xlim=(-9, 1))
+            axes.set(title=f"{stage} blocks", xlabel="log10 |dL/d(output)|", ylabel="density", xlim=(-10, 0))
     panels[3].set(title="mean by block", yscale="log")
     panels[3].tick_params("x", rotation=90)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
@@ -302,12 +304,12 @@ def brief_training(subject: Subject, model: dict[str, Any]) -> Iterator[float | 
 
 
 def verdict(losses: list[float], why: str | None) -> dict[str, Any]:
-    """Diverged: broken, or twice as bad at the end (the last tenth of the steps) as at the start."""
-    spikes, tenth = trainer.SpikeCounter(), 1 + len(losses) // 10
+    """Diverged: broken, or at the end (the mean of the last tenth) twice as bad as at the first step."""
+    spikes = trainer.SpikeCounter()
     for loss in losses:
         spikes.add(loss)
-    first, last = (fmean(part) if part else math.nan for part in (losses[:tenth], losses[-tenth:]))
-    found = {"diverged": why is not None or last > 2 * first, "why": why, "steps": len(losses)}
+    last = fmean(losses[-(1 + len(losses) // 10) :]) if losses else math.nan
+    found = {"diverged": why is not None or last > 2 * losses[0], "why": why, "steps": len(losses)}
     return found | {"final loss": last, "spikes": spikes.count, "losses": losses}
 
 
@@ -319,7 +321,7 @@ def stability(subject: Subject) -> Found:
     figure, numbers = Figure(figsize=(16, 4.5), layout="constrained"), {}
     variants = {"as configured": {}, "no norm": NO_NORM, "no long skips": NO_SKIPS}
     model, units = subject.run.model, {"with the unit": {}, "without": {"unit": None}}
-    panels = zip(variants, figure.subplots(1, 3, sharey=True), strict=True)
+    panels = zip(variants, figure.subplots(1, 3, sharex=True, sharey=True), strict=True)
     keys = [(variant, axes, unit) for variant, axes in panels for unit in units]
     trainings = [brief_training(subject, model | variants[v] | units[u]) for v, _, u in keys]
     items, end = [[] for _ in keys], time.monotonic() + subject.options.max_seconds
@@ -333,12 +335,13 @@ def stability(subject: Subject) -> Found:
         why = losses.pop() if losses and isinstance(losses[-1], str) else None
         found = numbers.setdefault(variant, {})[unit] = verdict(losses, why)
         label = f"{unit}: {found['final loss']:.4g}, {found['spikes']} spikes"
-        label += ", diverged" * found["diverged"]
+        label += f", diverged in {len(losses)} steps" * found["diverged"]
         k = 1 + len(losses) // 30
         smooth = [fmean(losses[i - k : i]) for i in range(k, len(losses) + 1)]
         axes.plot(range(k, len(losses) + 1), smooth, label=label)
-        axes.set(title=variant, xlabel="step", ylabel=f"loss, mean of {k}", yscale="log")
+        axes.set(title=variant, xlabel="step", ylabel="loss, running mean", yscale="log")
         axes.legend()
+        axes.label_outer()
     return numbers, figure
 
 
@@ -349,9 +352,10 @@ def heat_map(axes: Axes, x: Tensor, rows: list[str], columns: list[str], title: 
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title, fontsize=10)
     axes.figure.colorbar(image, ax=axes)
+    digits = 3 if x.nan_to_num().abs().max() < 0.1 else 2
     for i, j in x.isfinite().nonzero().tolist() if len(columns) <= 9 else []:
         colour = "white" if sum(image.to_rgba(x[i, j].item())[:3]) < 1.5 else "black"
-        axes.text(j, i, f"{x[i, j]:.2g}", ha="center", va="center", fontsize=8, color=colour)
+        axes.text(j, i, f"{x[i, j]:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
 
 
 ANALYSES = {f.__name__: f for f in (gates, correlation, importance, gradients, stability)}

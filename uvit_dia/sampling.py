@@ -58,6 +58,8 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
         pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)
     except Exception as error:
         raise UserError(f"{source}: no run, pipeline or Hub id that can be loaded ({error})") from error
+    if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
+        raise UserError(f"{source}: its weights are not those of its config; export it again")
     about = found / "training.json" if found else None
     pipeline.unet.eval()
     return pipeline.to(device), json.loads(about.read_text()) if about and about.is_file() else {}
