@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_settings(EvaluateConfig)
     parser.add_settings(SampleConfig, "sample")
     given = parser.parse_args(defaults=False).as_dict()
-    folder = RunFolder(Path(given["source"]))
+    folder = RunFolder(given["source"])
     known = config.load(folder.config) if folder.config.is_file() else None
     if known is None and not given.get("reference"):
         raise UserError(f"{folder.root}: no run, so the real images are not known: add --reference DIR")

@@ -1,4 +1,4 @@
-"""Draw images: python scripts/sample.py RUN_OR_PIPELINE_OR_HUB_ID --num_images 64 --grid out.png --dir images/."""
+"""Draw images: python scripts/sample.py RUN_OR_PIPELINE_OR_HUB_ID --num_images 64 --grid out.png."""
 
 import sys
 from dataclasses import asdict
@@ -46,12 +46,10 @@ def main() -> int:
 
 
 def sample_settings(source: str, given: dict) -> SampleConfig:
-    """The run's own `sample` settings, if the source is a run, with those given on the command line over them."""
-    known = RunFolder(Path(source)).config
+    """What is given on the command line, over the run's own `sample` settings if the source is a run."""
+    known = RunFolder(source).config
     base = asdict(config.load(known).sample) if known.is_file() else {}
-    return SampleConfig(
-        **base | {key: value for key, value in given.items() if key in SampleConfig.__annotations__}
-    )
+    return SampleConfig(**base | {key: given[key] for key in SampleConfig.__annotations__ if key in given})
 
 
 if __name__ == "__main__":

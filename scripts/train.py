@@ -30,7 +30,7 @@ def main() -> int:
     argv = sys.argv[1:]
     parsed = parser.parse_args(argv if "--config" in argv else ["--config", str(DIGITS), *argv])
     settings = config.to_config(parser, parsed)
-    folder = RunFolder(Path(settings.output_dir))
+    folder = RunFolder(settings.output_dir)
     if parsed.resume is None and folder.config.exists():
         raise UserError(f"output_dir: {folder.root} holds a run; add --resume to go on, or name another")
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,39 +107,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Where a run keeps its config, metrics, checkpoints, exported pipeline, samples, scores and report."""
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def pipeline(self) -> Path:
-        return self.root / "pipeline"
-
-    @property
-    def samples(self) -> Path:
-        return self.root / "samples"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "evaluation"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
+    def __init__(self, root: Path | str) -> None:
+        self.root = root = Path(root)
+        self.config, self.metrics = root / "config.yaml", root / "metrics.jsonl"
+        self.checkpoints, self.pipeline = root / "checkpoints", root / "pipeline"
+        self.samples, self.evaluation = root / "samples", root / "evaluation"
+        self.report = root / "report.html"
 
     def newest_good(self) -> Path | None:
         """The newest checkpoint that reads as written; bad ones are named on stderr and set aside."""

@@ -20,6 +20,13 @@ class ConfigError(UserError):
         super().__init__(f"{key}: {value!r} will not do; expected {expected}")
 
 
+def check_least(section: str, settings: Any, **least: float) -> None:
+    """ConfigError for the first field of `settings` that is below its bound."""
+    for name, bound in least.items():
+        if getattr(settings, name) < bound:
+            raise ConfigError(f"{section}.{name}", getattr(settings, name), f"{bound} or more")
+
+
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error line that offers the nearest known name: "; did you mean 'x'?", or nothing."""
     matches = get_close_matches(name, known, n=1, cutoff=0.5)

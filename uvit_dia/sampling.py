@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.diffusion import SAMPLERS, make_sampler
-from uvit_dia.errors import ConfigError, UserError, one_of
+from uvit_dia.errors import ConfigError, UserError, check_least, one_of
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream, torch_generator
 
@@ -34,11 +34,7 @@ class SampleConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network alone
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sample.{name}", getattr(self, name), "1 or more")
-        if self.seed < 0:
-            raise ConfigError("sample.seed", self.seed, "0 or more")
+        check_least("sample", self, num_images=1, steps=1, batch_size=1, seed=0)
         if self.sampler not in SAMPLERS:
             raise ConfigError("sample.sampler", self.sampler, one_of(self.sampler, list(SAMPLERS)))
 
@@ -48,7 +44,7 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
 
     UserError where there is none. Weights are safetensors and no code of the source is run.
     """
-    folders = (RunFolder(Path(source)).pipeline, Path(source))
+    folders = (RunFolder(source).pipeline, Path(source))
     found = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
     if found is None and Path(source).exists():
         raise UserError(

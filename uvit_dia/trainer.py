@@ -4,6 +4,7 @@ The loop knows nothing of printing, saving or previews. No step waits for the ho
 not finite raises a flag on the device that masks every later optimizer step; the host reads it now and then.
 """
 
+import json
 import math
 import os
 from collections import deque
@@ -28,7 +29,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from uvit_dia.checkpoint import BadCheckpoint, Tensors
 from uvit_dia.data import Batch, Batches
 from uvit_dia.diffusion import DiffusionConfig, denoising_loss, make_scheduler
-from uvit_dia.errors import ConfigError, UserError
+from uvit_dia.errors import ConfigError, UserError, check_least
 from uvit_dia.random_keys import Stream, torch_generator
 from uvit_dia.uvit import UViT
 
@@ -60,25 +61,16 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # accelerate's names, e.g. wandb
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "num_accumulation_steps",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}", getattr(self, name), "1 or more")
-        for name in ("num_steps", "seed", "warmup_steps", "preview_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name}", getattr(self, name), "0 or more")
+        one = ("batch_size", "num_accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints")
+        check_least(
+            "train", self, num_steps=0, seed=0, warmup_steps=0, preview_every=0, **dict.fromkeys(one, 1)
+        )
         for name in ("ema_decay", "label_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}", getattr(self, name), "0 or more and less than 1")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ConfigError("train.max_grad_norm", self.max_grad_norm, "null or more than 0")
-        if not self.learning_rate > 0:
-            raise ConfigError("train.learning_rate", self.learning_rate, "more than 0")
+        for name in ("learning_rate", "max_grad_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"train.{name}", getattr(self, name), "more than 0")
 
 
 class TrainingDiverged(UserError):
@@ -177,31 +169,21 @@ class TrainState:
 
 
 def check_same_model(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """BadCheckpoint that names the first argument of UViT on which two models differ."""
     for key in sorted(ours.keys() & theirs.keys()):
-        here, there = (json_like(model[key]) for model in (ours, theirs))
+        here, there = json.loads(json.dumps(ours[key])), theirs[key]
         if not key.startswith("_") and here != there:
-            raise BadCheckpoint(
-                f"the checkpoint is another model's: model.{key} is {there} there and {here} here"
-            )
-
-
-def json_like(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+            raise BadCheckpoint(f"another model's checkpoint: model.{key} is {there} there and {here} here")
 
 
 def make_accelerator(
     precision: str, trackers: list[str] | None = None, project_dir: Path | None = None
 ) -> Accelerator:
-    """The accelerator of a script. On a CPU it undoes the launcher's default of one thread a process.
-
-    ConfigError for a tracker that is not installed.
-    """
+    """A script's accelerator; ConfigError for a tracker that is not installed."""
     installed = [tracker.value for tracker in get_available_trackers()]
     for name in trackers or []:
         if name not in installed:
-            raise ConfigError(
-                "train.trackers", name, f"an installed one of accelerate's: {', '.join(installed)}"
-            )
+            raise ConfigError("train.trackers", name, f"one that is installed: {', '.join(installed)}")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said, or two CPU processes would be two runs
@@ -210,7 +192,7 @@ def make_accelerator(
         project_dir=project_dir,
         kwargs_handlers=[ddp],
     )
-    if accelerator.device.type == "cpu":
+    if accelerator.device.type == "cpu":  # the launcher's default is one thread a process
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
@@ -247,15 +229,10 @@ def build(
     torch.manual_seed(config.seed)
     model = UViT(**model_settings).to(accelerator.device)
     # Built on the bare model: it matches by name, and a wrapper's prefix would keep it from ever updating.
+    constant = dict(beta=config.ema_decay, min_value=config.ema_decay, update_every=1, update_after_step=0)
+    copied = {name for name, _ in model.named_buffers()}  # BatchNorm's statistics
     ema = EMA(
-        model,
-        beta=config.ema_decay,
-        min_value=config.ema_decay,
-        update_every=1,
-        update_after_step=0,
-        include_online_model=False,
-        use_foreach=True,
-        param_or_buffer_names_no_ema={name for name, _ in model.named_buffers()},  # BatchNorm's statistics
+        model, **constant, include_online_model=False, use_foreach=True, param_or_buffer_names_no_ema=copied
     )
     ema.eval()
     if config.gradient_checkpointing:
@@ -264,30 +241,15 @@ def build(
         model.compile()
     device, alone = accelerator.device, accelerator.num_processes == 1
     graphed = config.compile and device.type == "cuda" and alone and not accelerator.scaler
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-        capturable=graphed,
-    )
+    rate = torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate
+    options = dict(betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=graphed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, **options)
     network, optimizer = accelerator.prepare(model, optimizer)
     scheduler = make_scheduler(diffusion)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    return TrainState(
-        config,
-        accelerator,
-        model,
-        network,
-        optimizer,
-        ema,
-        scheduler,
-        gamma=diffusion.min_snr_gamma,
-        run=GraphedUpdate() if graphed else update,
-        bad=torch.zeros((), dtype=torch.bool, device=device),
-        taken=torch.zeros((), dtype=torch.long, device=device),
-    )
+    parts = (config, accelerator, model, network, optimizer, ema, scheduler, diffusion.min_snr_gamma)
+    flags = (torch.zeros((), dtype=dtype, device=device) for dtype in (torch.bool, torch.long))
+    return TrainState(*parts, GraphedUpdate() if graphed else update, *flags)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -446,10 +408,8 @@ def agree(state: TrainState) -> tuple[int, bool]:
     first_bad, stop = flags.max(dim=0).values.tolist()
     scaler = state.accelerator.scaler
     if scaler and scaler.get_scale() < 1e-3:
-        raise TrainingDiverged(
-            f"step {state.step}: the fp16 loss scale fell to {scaler.get_scale():g}; "
-            "use train.precision bf16 or a lower train.learning_rate"
-        )
+        what = f"step {state.step}: the fp16 loss scale fell to {scaler.get_scale():g}"
+        raise TrainingDiverged(f"{what}; use train.precision bf16 or a lower train.learning_rate")
     return first_bad, bool(stop)
 
 
