@@ -180,6 +180,24 @@ def test_going_on_from_a_named_checkpoint_into_a_new_folder(trained, tmp_path):
     assert metrics(tmp_path / "branch") == metrics(trained)[10:]
 
 
+def test_the_benchmark_tells_what_a_unit_costs(tmp_path):
+    options = [
+        "--units",
+        "none,dia_lstm",
+        "--batch_sizes",
+        "4",
+        "--num_timed",
+        2,
+        "--json",
+        tmp_path / "b.json",
+    ]
+    code, err = call("benchmark", *TINY, *options)
+    none, dia = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert code == 0, err
+    assert dia["parameters"] - none["parameters"] == 10 * 16**2 // 4 + 2 * (4 + 4 * 16)
+    assert none["ms_per_step_to_none"] == 1 and dia["ms_inference"] > 0 and dia["gflops_per_image"] > 0
+
+
 def parquet(path: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -209,6 +227,8 @@ BAD = {
     "zero to score": ("evaluate", ["{run}", "--num_images", 0], "evaluate.num_images: 0"),
     "no weights": ("evaluate", ["{run}", "--extractor", "inception-v3-compat"], "efficientnet-lite0"),
     "no reference": ("evaluate", ["{run}/pipeline"], "--reference"),
+    "no such unit": ("benchmark", ["--units", "dia"], "model.unit.kind"),
+    "no batch": ("benchmark", ["--batch_sizes", "x"], "batch_sizes"),
     "no run to report": ("report", ["{tmp}"], "config.yaml"),
 }
 
@@ -221,14 +241,14 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(case, trained, tmp_pat
     if script == "train" and "--output_dir" not in args:
         args += ["--output_dir", str(tmp_path / "out")]
     before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
-    code, err = call(script, *(TINY if script == "train" else []), *args)
+    code, err = call(script, *(TINY if script in ("train", "benchmark") else []), *args)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and says in lines[0], err
     assert not (tmp_path / "out").exists() and not (tmp_path / "g.png").exists()
     assert before == sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "report"])
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "report", "analyze", "benchmark"])
 def test_help_is_helpful(script, capsys):
     with pytest.raises(SystemExit) as done:
         call(script, "--help")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: what it made, how it scored, how it trained, how to make it again."""
+"""One self-contained HTML page about a run: what it made, its score, its training, how to make it again."""
 
 import base64
 import io
@@ -13,11 +13,11 @@ from uvit_dia.checkpoint import RunFolder
 from uvit_dia.errors import UserError
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
 img { max-width: 100%; height: auto } figure { margin: 1rem 0 } figcaption { color: #555; font-size: .9rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse } pre { overflow-x: auto; background: #f6f6f6; padding: 1rem }
-td, th { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #eee; overflow-wrap: anywhere }
+.scroll, pre { overflow-x: auto } pre { background: #f6f6f6; padding: 1rem } table { border-collapse: collapse }
+td, th { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #eee }
 @media print { body { max-width: none; margin: 0 } details { display: block } }
 """
 
@@ -29,10 +29,10 @@ def run_page(folder: RunFolder) -> str:
         raise UserError(f"{folder.root}: no run, as it has no config.yaml")
     config = folder.config.read_text()
     cards = [json.loads(path.read_text()) for path in sorted(folder.evaluation.glob("*.json"))]
-    grids = sorted(folder.samples.glob("*.png"))
+    grids = sorted(folder.samples.glob("*.png"), key=lambda path: path.stat().st_mtime, reverse=True)
     sections = [f"<h1>{escape(folder.root.name)}</h1>", headline(records, cards)]
     if grids:
-        sections += ["<h2>Samples</h2>", *(picture(path.read_bytes(), path.stem) for path in grids[-2:])]
+        sections += ["<h2>Samples</h2>", *(picture(path.read_bytes(), path.stem) for path in grids[:2])]
     sections += [section for card in cards for section in score_section(card)]
     if records:
         sections += [
@@ -79,6 +79,7 @@ def score_section(card: dict[str, Any]) -> list[str]:
         for name, value in card["metrics"].items()
     ]
     where, real = card["provenance"], card["reference"]
+    provenance = [[key, str(value)] for key, value in (where | card["versions"]).items()]
     what = f"{card['num_generated']:,} generated images against {real['num_images']:,} of {real['name']}"
     held_out = f"{anchor['num_images']:,} held-out images" if anchor else ""
     return [
@@ -86,7 +87,7 @@ def score_section(card: dict[str, Any]) -> list[str]:
         f"<p>{escape(what)}; features of {escape(card['extractor']['name'])}.</p>",
         table(["metric", "generated", held_out], rows),
         *(f"<p>{escape(note)}</p>" for note in card["notes"]),
-        table(["provenance", ""], [[key, str(value)] for key, value in (where | card["versions"]).items()]),
+        f"<details><summary>provenance</summary>{table(['', ''], provenance)}</details>",
     ]
 
 

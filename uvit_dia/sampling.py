@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -106,10 +107,13 @@ def labels(pipeline: UViTPipeline, config: SampleConfig, indices: Tensor) -> Ten
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """One picture of uint8 images (n, C, H, W): small ones are enlarged, for people to see."""
+    """One picture of uint8 images (n, C, H, W): small ones are enlarged smoothly, for people."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = max(1, 64 // images.shape[-1])
-    images = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    if scale > 1:
+        images = (
+            F.interpolate(images.float(), scale_factor=scale, mode="bicubic").round().clamp(0, 255).byte()
+        )
     sheet = make_grid(images, nrow=columns, padding=2, pad_value=128)  # (3, H, W)
     return Image.fromarray(rearrange(sheet, "c h w -> h w c").numpy())
 
