@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from uvit_dia import evaluation as ev
+from uvit_dia.data import DataConfig, ImageSet, content_hash, load_images
 from uvit_dia.errors import ConfigError, UserError
 
 
@@ -284,16 +286,30 @@ def test_settings_are_checked_by_name(setting):
 # cache
 
 
-def test_reference_features_are_computed_once_for_one_content_and_again_when_the_file_is_damaged(tmp_path):
+@pytest.fixture
+def compute(monkeypatch):
+    """Extraction that gives made-up features and counts its calls."""
+    compute = mock.Mock(side_effect=lambda *_: random_features(40, 0))
+    monkeypatch.setattr(ev, "extract", compute)
+    return compute
+
+
+def digits(n: int) -> ImageSet:
+    pixels = load_images(DataConfig(), "train", 8, 1).rows[:n]
+    return ImageSet("digits", pixels, np.zeros(n, np.int64), None, (1, 8, 8), 0)
+
+
+def test_reference_features_are_computed_once_for_one_content_and_again_when_the_file_is_damaged(
+    tmp_path, compute
+):
     config = ev.EvaluateConfig(extractor=ev.LITE0, cache_dir=str(tmp_path))
-    reference = {"name": "digits", "sha256": "ab" * 32, "num_images": 40}
-    compute = mock.Mock(side_effect=lambda: random_features(40, 0))
-    whole = random_features(40, 0)
+    images, whole = digits(40), random_features(40, 0)
 
     def check(calls):
-        found = ev.reference_features(compute, config, reference)
+        found, about = ev.features_of(images, None, config, "cpu")
         assert torch.equal(found.features, whole.features) and torch.equal(found.logits, whole.logits)
         assert compute.call_count == calls
+        assert about == {"name": "digits", "sha256": content_hash(images), "num_images": 40}
 
     check(1)
     check(1)
@@ -303,16 +319,16 @@ def test_reference_features_are_computed_once_for_one_content_and_again_when_the
         path.write_bytes(bad)
         check(calls)
         assert path.read_bytes() == good
-    ev.reference_features(compute, config, reference | {"sha256": "cd" * 32})
+    images.rows = 255 - images.rows
+    ev.features_of(images, None, config, "cpu")
     assert compute.call_count == 6
 
 
-def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, compute):
     (tmp_path / "file").touch()
     config = ev.EvaluateConfig(extractor=ev.LITE0, cache_dir=str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match=r"evaluate\.cache_dir"):
-        reference = {"name": "digits", "sha256": "ab" * 32, "num_images": 40}
-        ev.reference_features(lambda: random_features(40, 0), config, reference)
+        ev.features_of(digits(40), None, config, "cpu")
 
 
 # cards

@@ -1,8 +1,4 @@
-"""The shared unit on other backbones: a module's output is rescaled by a unit that its whole stage shares.
-
-The state of a forward pass is kept outside the modules, in a context variable that the model's own hooks open
-and close: it starts at None each time, and threads and nested models each have their own.
-"""
+"""The shared unit on other backbones: a module's output is rescaled by a unit that its whole stage shares."""
 
 from collections import ChainMap
 from collections.abc import Mapping
@@ -18,6 +14,7 @@ from torch import Tensor, nn
 from uvit_dia.attention_units import SharedUnit, State, UnitConfig
 from uvit_dia.errors import ConfigError
 
+# Opened and closed by a model's own hooks; threads and nested models each have their own.
 STATES: ContextVar[ChainMap[SharedUnit, State]] = ContextVar("states")
 
 
@@ -29,22 +26,19 @@ def attach(
     The output of each, tokens (B, L, D) with `num_extra` first ones that are no patches or a feature map
     (B, C, H, W), is rescaled: name norm2 for a timm ViT (arXiv 2210.16101, Fig. 7), the branch's last layer,
     before the residual add, for a ResNet (Fig. 5). Neighbours of equal width, the first dimension of their
-    weights, are a stage with a SharedUnit of its own, and `config.blocks` counts within it. The weights of
-    the model stay as they were. ConfigError where the pattern names no such modules, or the model has units.
-
-    The state lasts for one call of `model(...)`: its parts called alone, or run again in the backward pass by
-    the model's own gradient checkpointing, are a RuntimeError. torch.compile works, with breaks at the units.
+    weights, are a stage with a SharedUnit of its own, and `config.blocks` counts within it. ConfigError where
+    the pattern names no such modules, or the model has units. The state lasts for one call of `model(...)`: a
+    part called alone, or again by the model's own gradient checkpointing, is a RuntimeError.
     """
     if hasattr(model, "shared_units") or isinstance(model, nn.Sequential):  # which would run them as a layer
         raise ConfigError("model", type(model).__name__, "no nn.Sequential, and no shared_units: attach once")
-    config = UnitConfig.of(config)
     sites = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
     if not sites or any(getattr(site, "weight", None) is None for site in sites):
         raise ConfigError("pattern", pattern, "names of modules with a weight, e.g. blocks.*.norm2")
     units = nn.ModuleList()
     for width, stage in groupby(sites, key=lambda site: site.weight.shape[0]):
         stage = list(stage)
-        units.append(SharedUnit(config, width, ["stage"] * len(stage), num_extra))
+        units.append(SharedUnit(UnitConfig.of(config), width, ["stage"] * len(stage), num_extra))
         for block, site in enumerate(stage):
             site.register_forward_hook(partial(recalibrate, units[-1], block))
     model.shared_units = units.to(sites[0].weight).train(model.training)

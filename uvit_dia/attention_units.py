@@ -1,18 +1,17 @@
 """Attention units, and how the blocks of a network share one (DIA: Huang et al. 2024, arXiv 2210.16101).
 
-A unit maps the features of a block to a gate that rescales them: pool, process, recalibrate. It is called as
-`gate, state = unit(patches, state, place, grid)`: patches (B, N, D); a state, None at the start of a forward
-pass, that only the recurrent units fill; the block's place among those that share the unit, as BatchNorm is
-never shared (sec. VI-B2); the height and width of the patches, for the units that look at their grid. The
-gate is (B, 1, D) for all tokens, or (B, N, D) for the patches alone (CBAM), in float32.
+A unit makes a gate from the features of a block: `gate, state = unit(patches, state, place, grid)`. patches:
+(B, N, D); state: None at the start of a forward pass, only recurrent units fill it; place: the block's among
+those that share the unit, as BatchNorm is never shared (sec. VI-B2). gate: float32, (B, 1, D), or (B, N, D).
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from inspect import Parameter, signature
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from inspect import getfullargspec
+from itertools import groupby
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 from uvit_dia.errors import ConfigError, one_of
 
-Kind = Literal["constant", "se", "eca", "cbam", "srm", "spa", "sem", "spem", "dia_lstm", "dia_lstm_light"]
 State = tuple[tuple[Tensor, Tensor], ...] | None  # (hidden, cell) of each cell: (B, D), float32
 Grid = tuple[int, int] | None  # height and width in patches; None: a square
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
@@ -32,21 +30,14 @@ class Constant(nn.Module):
 
     def __init__(self, dim: int, *, value: float = 1.0) -> None:
         super().__init__()
-        self.dim, self.value = dim, value
+        self.value = value
 
     def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
-        return x.new_full((1, 1, self.dim), self.value, dtype=torch.float32), state
-
-    def extra_repr(self) -> str:
-        return f"value={self.value}"
+        return torch.full_like(x[:1, :1], self.value, dtype=torch.float32), state  # (1, 1, D)
 
 
 class LSTMCell(nn.Module):
-    """The official DIANet cell (arXiv 2210.16101, Fig. 6 middle): both paths squeezed to N/r, then gates.
-
-    `reduction=None` is the standard LSTM cell. Input y (B, N), hidden and cell (B, N); returns the new hidden
-    and cell. 10N²/r weights and 2(N/r + 4N) biases, or 8N² and 8N.
-    """
+    """The official DIANet cell (arXiv 2210.16101, Fig. 6 middle); reduction=None: the standard LSTM cell."""
 
     def __init__(self, dim: int, reduction: int | None, activation: str) -> None:
         super().__init__()
@@ -58,34 +49,28 @@ class LSTMCell(nn.Module):
             self.input_reduce, self.hidden_reduce = (nn.Linear(dim, width) for _ in range(2))
         self.input_expand, self.hidden_expand = (nn.Linear(width, 4 * dim) for _ in range(2))
 
-    def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # (B, N) each
         if self.input_reduce is not None:
             y, h = torch.relu(self.input_reduce(y)), torch.relu(self.hidden_reduce(h))  # (B, N/r)
         return lstm_update(self.input_expand(y) + self.hidden_expand(h), c, self.activation)
 
 
 class LightCell(nn.Module):
-    """DIA-LSTM (Light): a squeezed vector a path, tiled to N, an affine map a gate. 2N²/r + 16N parameters.
-
-    The paper leaves the widening open; here index n takes n mod N/r. Shapes as LSTMCell.
-    """
+    """DIA-LSTM (Light): both paths squeezed to N/r, then an affine map a gate. 2N²/r + 16N parameters."""
 
     def __init__(self, dim: int, reduction: int, activation: str) -> None:
         super().__init__()
         self.activation, self.reduction = activation, reduction
-        self.input_reduce, self.hidden_reduce = (
-            nn.Linear(dim, reduced(dim, reduction), bias=False) for _ in range(2)
-        )
+        width = reduced(dim, reduction)
+        self.input_reduce, self.hidden_reduce = (nn.Linear(dim, width, bias=False) for _ in range(2))
         self.input_scale, self.hidden_scale = (nn.Parameter(torch.ones(4, dim)) for _ in range(2))
         self.input_shift, self.hidden_shift = (nn.Parameter(torch.zeros(4, dim)) for _ in range(2))
 
     def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         u, v = torch.relu(self.input_reduce(y)), torch.relu(self.hidden_reduce(h))  # (B, N/r)
-        u, v = (repeat(w, "b k -> b 1 (r k)", r=self.reduction) for w in (u, v))  # (B, 1, N)
-        gates = (
-            self.input_scale * u + self.input_shift + self.hidden_scale * v + self.hidden_shift
-        )  # (B, 4, N)
-        return lstm_update(rearrange(gates, "b four n -> b (four n)"), c, self.activation)
+        u, v = (repeat(w, "b k -> b 1 (r k)", r=self.reduction) for w in (u, v))  # the paper leaves it open
+        z = self.input_scale * u + self.input_shift + self.hidden_scale * v + self.hidden_shift  # (B, 4, N)
+        return lstm_update(rearrange(z, "b four n -> b (four n)"), c, self.activation)
 
 
 def reduced(dim: int, reduction: int | None) -> int:
@@ -102,60 +87,55 @@ def lstm_update(gates: Tensor, c: Tensor, activation: str) -> tuple[Tensor, Tens
     return torch.sigmoid(o) * ACTIVATIONS[activation](c), c
 
 
-class Recurrent(nn.Module):
-    """Stacked cells that read the pooled features block after block; the top hidden vector is the gate."""
-
-    def __init__(self, cells: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.cells = nn.ModuleList(cells)
-
-    def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
-        y = x.mean(1, dtype=torch.float32)  # (B, D)
-        zeros = torch.zeros_like(y)
-        new = []
-        for cell, (h, c) in zip(self.cells, state or [(zeros, zeros)] * len(self.cells), strict=True):
-            h, c = cell(y, h, c)
-            new.append((h, c))
-            y = h
-        return rearrange(y, "b d -> b 1 d"), tuple(new)
-
-
-class DIALSTM(Recurrent):
-    """DIA-LSTM: the first cell squeezed by `reduction`, later ones standard (None: all standard)."""
+class DIALSTM(nn.Module):
+    """DIA-LSTM: stacked cells, the first squeezed by `reduction`; the top hidden vector is the gate."""
 
     def __init__(
         self, dim: int, *, reduction: int | None = 4, num_cells: int = 1, activation: str = "sigmoid"
     ) -> None:
-        super().__init__([LSTMCell(dim, None if i else reduction, activation) for i in range(num_cells)])
-
-
-class DIALSTMLight(Recurrent):
-    """DIA-LSTM (Light), one cell."""
-
-    def __init__(self, dim: int, *, reduction: int = 4, activation: str = "sigmoid") -> None:
-        super().__init__([LightCell(dim, reduction, activation)])
-
-
-class SE(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018, arXiv 1709.01507, eq. 2-4): mean, N -> N/r -> N without bias.
-
-    2N²/r parameters.
-    """
-
-    def __init__(self, dim: int, *, reduction: int = 16) -> None:
         super().__init__()
-        self.reduce = nn.Linear(dim, reduced(dim, reduction), bias=False)
-        self.expand = nn.Linear(dim // reduction, dim, bias=False)
+        cells = (LSTMCell(dim, None if i else reduction, activation) for i in range(num_cells))
+        self.cells = nn.ModuleList(cells)
 
     def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
-        return to_gate(self.expand(torch.relu(self.reduce(x.mean(1))))), state
+        y = x.mean(1, dtype=torch.float32)  # (B, D)
+        state = state or ((torch.zeros_like(y), torch.zeros_like(y)),) * len(self.cells)
+        new = []
+        for cell, (h, c) in zip(self.cells, state, strict=True):
+            y, c = cell(y, h, c)
+            new.append((y, c))
+        return rearrange(y, "b d -> b 1 d"), tuple(new)
+
+
+class DIALSTMLight(DIALSTM):
+    def __init__(self, dim: int, *, reduction: int = 4, activation: str = "sigmoid") -> None:
+        super().__init__(dim, num_cells=0)
+        self.cells.append(LightCell(dim, reduction, activation))
+
+
+class TwoLinears(nn.Module):
+    """Squeeze and expand, with a ReLU between: what SE, CBAM, SPA, SEM and UViT's skip gate share."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Linear(inputs, hidden, bias), nn.Linear(hidden, outputs, bias)
+
+    def process(self, y: Tensor) -> Tensor:
+        return self.expand(torch.relu(self.reduce(y)))
+
+
+class SE(TwoLinears):
+    """Squeeze and excitation (Hu et al. 2018, arXiv 1709.01507, eq. 2-4) of the mean. 2N²/r parameters."""
+
+    def __init__(self, dim: int, *, reduction: int = 16) -> None:
+        super().__init__(dim, reduced(dim, reduction), dim, bias=False)
+
+    def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
+        return to_gate(self.process(x.mean(1))), state
 
 
 class ECA(nn.Module):
-    """Efficient channel attention (Wang et al. 2020, arXiv 1910.03151): a convolution over the channel means.
-
-    k parameters, k the odd width next to (log2 N + 1) / 2 (eq. 12).
-    """
+    """Efficient channel attention (Wang et al. 2020, arXiv 1910.03151) of the mean."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -165,39 +145,28 @@ class ECA(nn.Module):
         return to_gate(self.conv(rearrange(x.mean(1), "b d -> b 1 d"))[:, 0]), state
 
 
-class CBAM(nn.Module):
-    """Convolutional block attention (Woo et al. 2018, arXiv 1807.06521): a channel gate, then a spatial one.
-
-    As the official code: one N -> N/r -> N with bias for mean and max; then a 7x7 convolution with BatchNorm
-    on the [max; mean] of the scaled channels. 2N²/r + N/r + N + 98 parameters and 2 a block.
-    """
+class CBAM(TwoLinears):
+    """Convolutional block attention (Woo et al. 2018, arXiv 1807.06521): a channel, then a spatial gate."""
 
     def __init__(self, dim: int, num_norms: int = 1, *, reduction: int = 16) -> None:
-        super().__init__()
-        self.reduce, self.expand = nn.Linear(dim, reduced(dim, reduction)), nn.Linear(dim // reduction, dim)
+        super().__init__(dim, reduced(dim, reduction), dim, bias=True)
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
         self.norms = nn.ModuleList(nn.BatchNorm2d(1, momentum=0.01) for _ in range(num_norms))
 
     def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
-        height, width = grid_of(x, grid)
-        pools = torch.stack([x.mean(1), x.amax(1)])  # (2, B, D)
-        channels = to_gate(self.expand(torch.relu(self.reduce(pools))).sum(0))  # (B, 1, D)
+        channels = to_gate(self.process(torch.stack([x.mean(1), x.amax(1)])).sum(0))  # (B, 1, D)
         x = x * channels.to(x.dtype)
-        maps = torch.stack([x.amax(2), x.mean(2)], 1)  # (B, 2, N)
-        maps = self.conv(rearrange(maps, "b two (h w) -> b two h w", h=height, w=width))  # (B, 1, H, W)
-        space = torch.sigmoid(self.norms[place](maps).float())
+        maps = torch.stack([x.amax(2), x.mean(2)], 1).unflatten(2, grid_of(x, grid))  # (B, 2, H, W)
+        space = torch.sigmoid(self.norms[place](self.conv(maps)).float())  # (B, 1, H, W)
         return channels * rearrange(space, "b 1 h w -> b (h w) 1"), state
 
 
 class SRM(nn.Module):
-    """Style-based recalibration (Lee et al. 2019, arXiv 1903.10829): [mean, std] weighted, BatchNorm.
-
-    The weights start at 0, as in the official code: a gate of 1/2. 2N parameters and 2N a block.
-    """
+    """Style-based recalibration (Lee et al. 2019, arXiv 1903.10829): [mean, std] weighted, then BatchNorm."""
 
     def __init__(self, dim: int, num_norms: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2, dim))
+        self.weight = nn.Parameter(torch.zeros(2, dim))  # as the official code: the gate starts at 1/2
         self.norms = nn.ModuleList(nn.BatchNorm1d(dim) for _ in range(num_norms))
 
     def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
@@ -205,52 +174,38 @@ class SRM(nn.Module):
         return to_gate(self.norms[place]((self.weight * style).sum(1))), state
 
 
-class SPA(nn.Module):
-    """Spatial pyramid attention (Guo et al. 2020, SPANet, ICME): 1x1, 2x2, 4x4 mean pools, 21N -> N/r -> N.
-
-    Without bias: 22N²/r parameters.
-    """
+class SPA(TwoLinears):
+    """Spatial pyramid attention (Guo et al. 2020, SPANet, ICME): 1x1, 2x2, 4x4 mean pools."""
 
     def __init__(self, dim: int, *, reduction: int = 16) -> None:
-        super().__init__()
-        self.reduce = nn.Linear(21 * dim, reduced(dim, reduction), bias=False)
-        self.expand = nn.Linear(dim // reduction, dim, bias=False)
+        super().__init__(21 * dim, reduced(dim, reduction), dim, bias=False)
 
     def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
-        height, width = grid_of(x, grid)
-        cells = [torch.kron(bins(height, k, x), bins(width, k, x)) for k in (1, 2, 4)]  # (k², N) each
-        pools = rearrange(torch.cat(cells) @ x, "b cells d -> b (cells d)")  # (B, 21 D)
-        return to_gate(self.expand(torch.relu(self.reduce(pools)))), state
+        # Pooled by a product, whose gradient is deterministic on GPUs too.
+        patches = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).unflatten(1, grid_of(x, grid))
+        cells = [F.adaptive_avg_pool2d(patches, k).flatten(1) for k in (1, 2, 4)]  # (N, k²) each
+        pools = torch.cat(cells, 1).mT @ x  # (B, 21, D)
+        return to_gate(self.process(rearrange(pools, "b cells d -> b (cells d)"))), state
 
 
-class SEM(nn.Module):
-    """Switchable excitation (Zhong et al. 2022, arXiv 2209.05680): FC, convolution and channel-wise branches.
-
-    A gate a branch, switched by sigmoid(Linear(mean)); as the official code, the gate is the product of their
-    sigmoids. 3N + 3, 2N²/r + N/r + N, k (as ECA) and 2N parameters.
-    """
+class SEM(TwoLinears):
+    """Switchable excitation (Zhong et al. 2022, arXiv 2209.05680): FC, convolution, channel-wise branches."""
 
     def __init__(self, dim: int, *, reduction: int = 16) -> None:
-        super().__init__()
-        self.switch = nn.Linear(dim, 3)
-        self.reduce, self.expand = nn.Linear(dim, reduced(dim, reduction)), nn.Linear(dim // reduction, dim)
-        self.conv = channel_conv(dim)
+        super().__init__(dim, reduced(dim, reduction), dim, bias=True)
+        self.switch, self.conv = nn.Linear(dim, 3), channel_conv(dim)
         self.scale, self.shift = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.full((dim,), -1.0))
 
     def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
         y = x.mean(1)  # (B, D)
-        fc = self.expand(torch.relu(self.reduce(y)))
-        conv = self.conv(rearrange(y, "b d -> b 1 d"))[:, 0]
         a, b, c = torch.sigmoid(self.switch(y)).split(1, dim=1)  # (B, 1) each
-        return to_gate(a * fc) * to_gate(b * conv) * to_gate(c * (self.scale * y + self.shift)), state
+        conv = self.conv(rearrange(y, "b d -> b 1 d"))[:, 0]
+        channel = self.scale * y + self.shift
+        return to_gate(a * self.process(y)) * to_gate(b * conv) * to_gate(c * channel), state
 
 
 class SPEM(nn.Module):
-    """Self-adaptive pooling (Zhong et al. 2022, arXiv 2208.10322): a learnt mix of the max and min pools.
-
-    As the official code: u, v = w max + b, w min + b; gate = sigmoid(u + v) sigmoid(w' (p u + q v) + b') with
-    p, q the squares of two parameters over their sum. 4N + 2 parameters. The penalty is 0.1 times that sum.
-    """
+    """Self-adaptive pooling (Zhong et al. 2022, arXiv 2208.10322): a learnt mix of the max and min pools."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -261,8 +216,7 @@ class SPEM(nn.Module):
     def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
         u, v = (self.pool_scale * y + self.pool_shift for y in (x.amax(1), x.amin(1)))  # (B, D)
         p, q = self.mix.square() / self.mix.square().sum()
-        mixed = self.mix_scale * (p * u + q * v) + self.mix_shift
-        return to_gate(u + v) * to_gate(mixed), state
+        return to_gate(u + v) * to_gate(self.mix_scale * (p * u + q * v) + self.mix_shift), state
 
     def penalty(self) -> Tensor:
         return 0.1 * self.mix.square().sum()
@@ -274,9 +228,8 @@ def to_gate(z: Tensor) -> Tensor:
 
 
 def channel_conv(dim: int) -> nn.Conv1d:
-    """ECA's convolution over channels (B, 1, D), its width from their number."""
-    t = int(abs(math.log2(dim) + 1) / 2)
-    k = t if t % 2 else t + 1
+    """ECA's convolution over channels (B, 1, D), of the odd width next to (log2 N + 1) / 2 (eq. 12)."""
+    k = int((math.log2(dim) + 1) / 2) | 1  # the next one if even
     return nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
 
 
@@ -288,29 +241,9 @@ def grid_of(x: Tensor, grid: Grid) -> tuple[int, int]:
     return grid or (side, side)
 
 
-def bins(size: int, k: int, like: Tensor) -> Tensor:
-    """(k, size): row i averages the cells from floor(i size/k) up to ceil((i + 1) size/k).
-
-    A product with it is adaptive average pooling with a deterministic gradient on GPUs too.
-    """
-    i, cell = torch.arange(k, device=like.device)[:, None], torch.arange(size, device=like.device)
-    inside = (cell >= i * size // k) & (cell < ((i + 1) * size + k - 1) // k)
-    return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
-
-
-UNITS = {
-    "constant": Constant,
-    "se": SE,
-    "eca": ECA,
-    "cbam": CBAM,
-    "srm": SRM,
-    "spa": SPA,
-    "sem": SEM,
-    "spem": SPEM,
-    "dia_lstm": DIALSTM,
-    "dia_lstm_light": DIALSTMLight,
-}
-GRID_KINDS = ("cbam", "spa")
+Kind = Literal["constant", "se", "eca", "cbam", "srm", "spa", "sem", "spem", "dia_lstm", "dia_lstm_light"]
+CLASSES = (Constant, SE, ECA, CBAM, SRM, SPA, SEM, SPEM, DIALSTM, DIALSTMLight)
+UNITS = dict(zip(get_args(Kind), CLASSES, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,15 +263,13 @@ class UnitConfig:
     def __post_init__(self) -> None:
         if self.kind not in UNITS:
             raise ConfigError("model.unit.kind", self.kind, one_of(self.kind, list(UNITS)))
-        parameters = signature(UNITS[self.kind]).parameters.values()
-        known = [p.name for p in parameters if p.kind == Parameter.KEYWORD_ONLY]
-        for name, value in self.options().items():
-            if name not in known:
-                takes = f"no such option: {self.kind} takes {', '.join(known) or 'none'}"
-                raise ConfigError(f"model.unit.{name}", value, takes)
-        if self.num_cells != "default" and self.num_cells < 1:
+        known, options = getfullargspec(UNITS[self.kind]).kwonlyargs, self.options()
+        for name in options.keys() - known:
+            takes = f"no such option: {self.kind} takes {', '.join(known) or 'none'}"
+            raise ConfigError(f"model.unit.{name}", options[name], takes)
+        if options.get("num_cells", 1) < 1:
             raise ConfigError("model.unit.num_cells", self.num_cells, "1 or more")
-        if self.kind in GRID_KINDS and self.pool == "all":
+        if self.kind in ("cbam", "spa") and self.pool == "all":
             raise ConfigError("model.unit.pool", self.pool, f"patches, as {self.kind} looks at their grid")
 
     @classmethod
@@ -346,18 +277,15 @@ class UnitConfig:
         """Type and check a mapping; an unknown key is a ConfigError."""
         if settings is None or isinstance(settings, cls):
             return settings
-        known = [field.name for field in fields(cls)]
-        for key in settings:
-            if key not in known:
-                raise ConfigError(f"model.unit.{key}", settings[key], one_of(key, known))
-        if "kind" not in settings:
-            raise ConfigError("model.unit.kind", None, one_of("", list(UNITS)))
-        return cls(**settings)
+        known = getfullargspec(cls).kwonlyargs
+        for key in settings.keys() - known:
+            raise ConfigError(f"model.unit.{key}", settings[key], one_of(key, known))
+        return cls(**{"kind": "", **settings})
 
     def options(self) -> dict[str, Any]:
-        """What was set beyond the kind's own values."""
+        """The kind's own options that were set."""
         own = ("reduction", "num_cells", "activation", "value")
-        return {name: getattr(self, name) for name in own if getattr(self, name) != "default"}
+        return {key: value for key, value in self.as_dict().items() if key in own}
 
     def as_dict(self) -> dict[str, Any]:
         """The mapping that makes this config again, without what is at "default"."""
@@ -365,30 +293,24 @@ class UnitConfig:
 
 
 def equipped(blocks: list[int] | str, stages: Sequence[str]) -> list[int]:
-    """The numbers of the blocks that UnitConfig.blocks names; ConfigError where there are no such.
-
-    `stages`: the stage of each block, in the order they run.
-    """
-    numbers, without = range(len(stages)), {f"without {stage}": stage for stage in stages}
-    if isinstance(blocks, list):
-        chosen = sorted(set(blocks))
-    elif every := re.fullmatch(r"every ([1-9]\d*)", blocks):
-        chosen = list(numbers[:: int(every[1])])
+    """The numbers of the blocks that UnitConfig.blocks names, given each one's stage; ConfigError if none."""
+    numbers = range(len(stages))
+    rules = {"all": numbers} | {f"without {s}": [i for i in numbers if stages[i] != s] for s in stages}
+    if every := re.fullmatch(r"every ([1-9]\d*)", str(blocks)):
+        chosen = numbers[:: int(every[1])]
     else:
-        known = blocks == "all" or blocks in without
-        chosen = [i for i in numbers if known and stages[i] != without.get(blocks)]
+        chosen = blocks if isinstance(blocks, list) else rules.get(blocks, [])
     if not chosen or not set(chosen) <= set(numbers):
-        known = ", ".join(["all", "every K", *without])
+        known = ", ".join([*rules, "every K"])
         raise ConfigError("model.unit.blocks", blocks, f"{known} or a list of 0 to {len(stages) - 1}")
-    return chosen
+    return sorted(set(chosen))
 
 
 class SharedUnit(nn.Module):
     """The units of a network's blocks: `x, state = shared(x, state, block, grid)` in each block, in order.
 
-    `stages` is the stage of each block; `units` holds one unit, one a stage, or one a block. x: (B, L, D)
-    tokens, the first `num_extra` of which are no patches; the result has its shape and dtype. A block without
-    a unit passes x and the state on.
+    `stages`: the stage of each block. x: (B, L, D), the first `num_extra` tokens no patches; its shape and
+    dtype stay. A block without a unit passes x and the state on.
     """
 
     def __init__(
@@ -396,15 +318,12 @@ class SharedUnit(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.dim, self.stages, self.num_extra = config, dim, list(stages), num_extra
-        groups: dict[Any, list[int]] = {}  # the blocks of each unit
-        for block in equipped(config.blocks, stages):
-            group = {"all": "all", "stage": stages[block], "none": block}[config.sharing]
-            groups.setdefault(group, []).append(block)
-        shared_by = list(groups.values())
-        self.route = {b: (i, place) for i, group in enumerate(shared_by) for place, b in enumerate(group)}
-        kind, options = UNITS[config.kind], config.options()
-        has_norms = "num_norms" in signature(kind).parameters
-        self.units = nn.ModuleList(kind(dim, *[len(b)] * has_norms, **options) for b in shared_by)
+        group_of = {"all": ["all"] * len(stages), "stage": stages, "none": range(len(stages))}[config.sharing]
+        chosen = equipped(config.blocks, stages)
+        groups = [list(blocks) for _, blocks in groupby(chosen, group_of.__getitem__)]
+        self.route = {b: (i, place) for i, blocks in enumerate(groups) for place, b in enumerate(blocks)}
+        kind, has_norms = UNITS[config.kind], config.kind in ("cbam", "srm")
+        self.units = nn.ModuleList(kind(dim, *[len(b)] * has_norms, **config.options()) for b in groups)
 
     def forward(self, x: Tensor, state: State, block: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
         if block not in self.route:
@@ -420,12 +339,8 @@ class SharedUnit(nn.Module):
         return (x * gate).to(x.dtype), state
 
     def penalty(self) -> Tensor | None:
-        """What the units add to the loss, or None."""
         penalties = [unit.penalty() for unit in self.units if isinstance(unit, SPEM)]
         return torch.stack(penalties).sum() if penalties else None
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value}" for key, value in self.config.as_dict().items())
 
 
 def parameter_savings(shared: SharedUnit) -> tuple[int, int]:

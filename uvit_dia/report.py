@@ -16,7 +16,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
 img { max-width: 100%; height: auto } figure { margin: 1rem 0 } figcaption { color: #555; font-size: .9rem }
-.scroll, pre { overflow-x: auto } pre { background: #f6f6f6; padding: 1rem } table { border-collapse: collapse }
+.scroll, pre { overflow-x: auto } pre { background: #f6f6f6; padding: 1rem }
+table { border-collapse: collapse }
 td, th { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #eee }
 @media print { body { max-width: none; margin: 0 } details { display: block } }
 """

@@ -8,12 +8,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from einops import rearrange
@@ -21,8 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uvit_dia.attention_units import Grid, SharedUnit, State, UnitConfig
+from uvit_dia.attention_units import Grid, SharedUnit, State, TwoLinears, UnitConfig
 from uvit_dia.errors import ConfigError, UserError
+
+# (B,), dim -> (B, dim) in float32, [cos, sin] as in the official code
+timestep_embedding = partial(get_timestep_embedding, flip_sin_to_cos=True, downscale_freq_shift=0)
 
 
 @dataclass
@@ -80,27 +85,18 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP with residuals; an out-block first merges the skip from its in-block.
 
-    x, skip: (B, L, D). `unit` is what the blocks share, or None; the model owns it. `number` is this block's,
-    counted in the order they run.
+    x, skip: (B, L, D). `unit` is what the blocks share, or None; `number` counts them in the order they run.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        norm: bool = True,
-        residuals: bool = True,
-        has_skip: bool = False,
-    ) -> None:
+    def __init__(self, config: FrozenDict, has_skip: bool = False) -> None:
         super().__init__()
-        self.residuals = residuals
+        dim, norm = config.embed_dim, nn.LayerNorm if config.block_norm else nn.Identity
+        self.residuals = config.residuals
         self.skip_linear = Linear(2 * dim, dim) if has_skip else None
-        self.norm1 = nn.LayerNorm(dim) if norm else nn.Identity()
-        self.attn = Attention(dim, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim) if norm else nn.Identity()
-        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.norm1 = norm(dim)
+        self.attn = Attention(dim, config.num_heads, config.qkv_bias)
+        self.norm2 = norm(dim)
+        self.mlp = Mlp(dim, int(config.mlp_ratio * dim))
 
     def forward(
         self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
@@ -116,28 +112,20 @@ class Block(nn.Module):
         return x + y if self.residuals else y, state
 
 
-class SkipGate(nn.Module):
-    """ScaleLong's learnable scaling (LS; Huang et al. 2023, arXiv 2310.13545), shared by all long skips.
-
-    As the official code: squeeze and excitation over tokens: mean of the channels, L -> L/16 -> L with bias,
-    torch's default init. x: (B, L, D) -> (B, L, 1).
-    """
+class SkipGate(TwoLinears):
+    """ScaleLong's LS (Huang et al. 2023, arXiv 2310.13545): squeeze and excitation over the tokens."""
 
     def __init__(self, num_tokens: int) -> None:
-        super().__init__()
-        hidden = max(1, num_tokens // 16)
-        self.reduce, self.expand = nn.Linear(num_tokens, hidden), nn.Linear(hidden, num_tokens)
+        super().__init__(num_tokens, max(1, num_tokens // 16), num_tokens, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = torch.sigmoid(self.expand(torch.relu(self.reduce(x.mean(2)))))
-        return rearrange(gate, "b l -> b l 1")
+        return rearrange(torch.sigmoid(self.process(x.mean(2))), "b l -> b l 1")  # of x (B, L, D)
 
 
 class UViT(ModelMixin, ConfigMixin):
     """The denoiser. `forward(sample, timestep, class_labels)` predicts what the training objective asked for.
 
-    The defaults are the official CIFAR-10 model, U-ViT-S/2: 44,255,328 parameters. Sizes that do not fit
-    are a ConfigError.
+    The defaults are the official CIFAR-10 model, U-ViT-S/2: 44,255,328 parameters.
     """
 
     _supports_gradient_checkpointing = True
@@ -163,25 +151,22 @@ class UViT(ModelMixin, ConfigMixin):
         residuals: bool = True,  # around attention and around the MLP; false: an ablation
     ) -> None:
         super().__init__()
-        check_sizes(sample_size, patch_size, embed_dim, depth, num_heads, num_classes, null_label)
-        check_skips(skip_scale, long_skips)
+        check(self.config)
         self.num_extra = 1 if num_classes is None else 2  # [label,] time
         self.grid = (sample_size // patch_size, sample_size // patch_size)
         num_tokens = self.num_extra + self.grid[0] * self.grid[1]
         self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
         self.time_embed = nn.Identity()
         if mlp_time_embed:
-            self.time_embed = nn.Sequential(
-                Linear(embed_dim, 4 * embed_dim), nn.SiLU(), Linear(4 * embed_dim, embed_dim)
-            )
+            hidden = 4 * embed_dim
+            self.time_embed = nn.Sequential(Linear(embed_dim, hidden), nn.SiLU(), Linear(hidden, embed_dim))
         self.label_emb = None if num_classes is None else nn.Embedding(num_classes, embed_dim)
         self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-        shape = (embed_dim, num_heads, mlp_ratio, qkv_bias, block_norm, residuals)
-        self.in_blocks = nn.ModuleList(Block(*shape) for _ in range(depth // 2))
-        self.mid_block = Block(*shape)
-        self.out_blocks = nn.ModuleList(Block(*shape, has_skip=long_skips) for _ in range(depth // 2))
+        self.in_blocks = nn.ModuleList(Block(self.config) for _ in range(depth // 2))
+        self.mid_block = Block(self.config)
+        self.out_blocks = nn.ModuleList(Block(self.config, long_skips) for _ in range(depth // 2))
         self.skip_gate = SkipGate(num_tokens) if skip_scale == "learnable" else None
         self.shared_unit = None
         if unit_config := UnitConfig.of(unit):
@@ -224,8 +209,7 @@ class UViT(ModelMixin, ConfigMixin):
         """Tokens [label,] time, patches: (B, L, D)."""
         if (class_labels is None) != (self.label_emb is None):
             raise ValueError("class_labels go with a model that has num_classes, and only with it")
-        batch = sample.shape[0]
-        timestep = torch.as_tensor(timestep, device=sample.device).expand(batch)  # (B,)
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))  # (B,)
         embedding = timestep_embedding(timestep, self.config.embed_dim).to(self.pos_embed.dtype)
         tokens = [rearrange(self.time_embed(embedding), "b d -> b 1 d")]
         if self.label_emb is not None:
@@ -236,12 +220,12 @@ class UViT(ModelMixin, ConfigMixin):
         self, block: Block, x: Tensor, skip: Tensor | None, state: State, number: int
     ) -> tuple[Tensor, State]:
         inputs = (x, skip, self.shared_unit, state, number, self.grid)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            contexts = {"context_fn": lambda: (nullcontext(), frozen_statistics(self))}
-            if torch.compiler.is_compiling():  # takes no contexts, and writes the statistics once anyway
-                contexts = {}
-            return checkpoint(block, *inputs, use_reentrant=False, **contexts)
-        return block(*inputs)
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(*inputs)
+        if torch.compiler.is_compiling():  # takes no contexts, and writes the statistics once anyway
+            return checkpoint(block, *inputs, use_reentrant=False)
+        contexts = nullcontext(), frozen_statistics(self)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts)
 
     def to_pixels(self, x: Tensor) -> Tensor:
         x = self.decoder_pred(self.norm(x))[:, self.num_extra :]  # (B, patches, p² C)
@@ -255,17 +239,13 @@ class UViT(ModelMixin, ConfigMixin):
     ) -> "UViT":
         """Read an official pixel-space checkpoint (`.pth`, weights only, or `.safetensors`).
 
-        All but the heads can be read off the shapes; they are 64 wide in the official models up to L. These
-        saw continuous time 999t, the axis of the schedules here; `config.trained_on_time` says so. UserError
-        where the file is not such a model.
+        All but the heads, 64 wide in the official models up to L, is read off the shapes. These models saw
+        continuous time 999t, the axis of the schedules here. UserError where the file is no such model.
         """
         weights = read_weights(path)
-        missing = {"pos_embed", "patch_embed.proj.weight", "final_layer.weight"} - weights.keys()
-        if missing:
-            why = ", ".join(sorted(missing))
-            raise UserError(
-                f"{path}: not an official pixel-space U-ViT with its final 3x3 convolution ({why} missing)"
-            )
+        if missing := {"pos_embed", "patch_embed.proj.weight", "final_layer.weight"} - weights.keys():
+            what = "an official pixel-space U-ViT with its final 3x3 convolution"
+            raise UserError(f"{path}: not {what} ({', '.join(sorted(missing))} missing)")
         embed_dim, in_channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
         has_label = "label_emb.weight" in weights
         num_patches = weights["pos_embed"].shape[1] - 1 - has_label
@@ -290,9 +270,8 @@ class UViT(ModelMixin, ConfigMixin):
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """BatchNorm keeps its running statistics, though it normalizes by the batch: no batch counts twice."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    momenta = {norm: norm.momentum for norm in norms}
-    for norm in norms:
+    momenta = {m: m.momentum for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
+    for norm in momenta:
         norm.momentum = 0.0
     try:
         yield
@@ -303,8 +282,6 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a file that may come from anyone: nothing in it is executed."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
@@ -313,38 +290,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: can't be read as plain weights ({type(error).__name__})") from error
 
 
-def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal [cos, sin] of timestep (B,) -> (B, dim) in float32, as in the official code; dim is even."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timestep.device) / half)
-    phase = timestep.float()[:, None] * frequencies  # (B, half)
-    return torch.cat([phase.cos(), phase.sin()], dim=-1)
-
-
-def check_sizes(
-    sample_size: int,
-    patch_size: int,
-    embed_dim: int,
-    depth: int,
-    num_heads: int,
-    num_classes: int | None,
-    null_label: int | None,
-) -> None:
-    if patch_size < 1 or sample_size % patch_size:
-        raise ConfigError("model.patch_size", patch_size, f"a divisor of model.sample_size={sample_size}")
-    if num_heads < 1 or embed_dim % num_heads or embed_dim % 2:
+def check(c: FrozenDict) -> None:
+    """ConfigError where UViT's arguments do not fit together."""
+    if c.patch_size < 1 or c.sample_size % c.patch_size:
+        raise ConfigError("model.patch_size", c.patch_size, f"a divisor of model.sample_size={c.sample_size}")
+    if c.num_heads < 1 or c.embed_dim % c.num_heads or c.embed_dim % 2:
+        fits = f"a divisor of model.embed_dim={c.embed_dim}, which must be even"
+        raise ConfigError("model.num_heads", c.num_heads, fits)
+    if c.depth < 2 or c.depth % 2:
+        raise ConfigError("model.depth", c.depth, "an even number, 2 or more: half in, half out")
+    if c.null_label is not None and not 0 <= c.null_label < (c.num_classes or 0):
         raise ConfigError(
-            "model.num_heads", num_heads, f"a divisor of model.embed_dim={embed_dim}, which must be even"
+            "model.null_label", c.null_label, f"null or below model.num_classes={c.num_classes}"
         )
-    if depth < 2 or depth % 2:
-        raise ConfigError("model.depth", depth, "an even number, 2 or more: half in, half out")
-    if null_label is not None and not 0 <= null_label < (num_classes or 0):
-        raise ConfigError("model.null_label", null_label, f"null or below model.num_classes={num_classes}")
-
-
-def check_skips(skip_scale: float | str | None, long_skips: bool) -> None:
-    if skip_scale is not None and not long_skips:
-        raise ConfigError("model.skip_scale", skip_scale, "null without model.long_skips")
-    known = skip_scale in (None, "learnable")
-    if not known and not (isinstance(skip_scale, int | float) and 0 < skip_scale <= 1):
-        raise ConfigError("model.skip_scale", skip_scale, "null, learnable, or more than 0 and at most 1")
+    if c.skip_scale is not None and not c.long_skips:
+        raise ConfigError("model.skip_scale", c.skip_scale, "null without model.long_skips")
+    is_kappa = isinstance(c.skip_scale, int | float) and 0 < c.skip_scale <= 1
+    if not is_kappa and c.skip_scale not in (None, "learnable"):
+        raise ConfigError("model.skip_scale", c.skip_scale, "null, learnable, or more than 0 and at most 1")
