@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RUN := .venv/bin
 DEMO := runs/digits
+# Threads that wait asleep: awake ones slow a step tenfold where something else uses a core.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14

@@ -1,4 +1,4 @@
-"""Look into a trained run's attention unit: python scripts/analyze.py RUN --only gates,correlation.
+"""Look into a trained run's attention unit: python scripts/analyze.py RUN --only "[gates,correlation]".
 
 Writes RUN/analysis/<name>.json, the numbers, and <name>.png, the picture, of: gates, correlation, importance,
 gradients, stability (brief trainings, the slow one).

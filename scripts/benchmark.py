@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from uvit_dia import config
@@ -88,7 +89,7 @@ def measure(state: TrainState, batches: Batches, num_timed: int) -> dict[str, An
         infer = lambda: [state.network(batch.images, t, labels) for _ in range(num_timed)]  # noqa: E731
         list(islice(iter(infer()), 1))
         inference = timed(infer, state) / num_timed
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             compiled, state.model._compiled_call_impl = state.model._compiled_call_impl, None
             state.network(batch.images[:1], t[:1], None if labels is None else labels[:1])
             state.model._compiled_call_impl = compiled
