@@ -18,7 +18,7 @@ setup: .venv/installed  ## make .venv and install (the other targets do it by th
 
 demo: .venv/installed  ## train on scikit-learn's digits, sample, score and report: minutes on two CPU cores
 	$(RUN)/accelerate launch scripts/train.py --config configs/digits.yaml --resume
-	$(RUN)/python scripts/sample.py $(DEMO) --num_images 100 --grid $(DEMO)/samples/grid.png
+	$(RUN)/python scripts/sample.py $(DEMO) --grid $(DEMO)/samples/grid.png
 	$(RUN)/accelerate launch scripts/evaluate.py $(DEMO)
 	$(RUN)/python scripts/report.py $(DEMO)
 	@echo "Look at:"

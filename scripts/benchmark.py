@@ -48,7 +48,7 @@ def main() -> None:
             batches = Batches(images, settings.data, size, train.seed, accelerator.device)
             rows.append({"unit": kind, "batch_size": size, **measure(state, batches, parsed.num_timed)})
             base = next(row for row in rows if row["batch_size"] == size)
-            for key in ("ms_per_step", "ms_inference", "peak_memory_gib"):
+            for key in ("ms_per_step", "ms_inference", "activations_mib", "peak_memory_gib"):
                 rows[-1][f"{key}_to_{base['unit']}"] = (
                     round(rows[-1][key] / base[key], 3) if base[key] else None
                 )
@@ -72,36 +72,51 @@ def whole(text: str) -> int:
 
 def measure(state: TrainState, batches: Batches, num_timed: int) -> dict[str, Any]:
     """Training through `fit` as a run does it, and the network alone without gradients."""
-    started = time.perf_counter()
+    started, cuda = time.perf_counter(), state.accelerator.device.type == "cuda"
     steps = fit(state, batches)
     list(islice(steps, 5))
     wait(state)
     start_up = time.perf_counter() - started
-    if state.accelerator.device.type == "cuda":
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
     train = timed(lambda: list(islice(steps, num_timed)), state) / num_timed
-    memory = torch.cuda.max_memory_allocated() / 2**30 if state.accelerator.device.type == "cuda" else None
-    batch = next(batches.from_step(0))
-    t = torch.full((len(batch.images),), 500, device=batch.images.device)
-    labels = None if state.model.config.num_classes is None else batch.labels
+    memory = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
+    images, labels = next(batches.from_step(0))[1:]
+    t = torch.full((len(images),), 500, device=images.device)
+    inputs = (images, t, None if state.model.config.num_classes is None else labels)
     state.network.eval()
     with torch.no_grad():
-        infer = lambda: [state.network(batch.images, t, labels) for _ in range(num_timed)]  # noqa: E731
-        list(islice(iter(infer()), 1))
-        inference = timed(infer, state) / num_timed
-        with FlopCounterMode(display=False) as counter:
-            compiled, state.model._compiled_call_impl = state.model._compiled_call_impl, None
-            state.network(batch.images[:1], t[:1], None if labels is None else labels[:1])
-            state.model._compiled_call_impl = compiled
+        state.network(*inputs)
+        inference = timed(lambda: [state.network(*inputs) for _ in range(num_timed)], state) / num_timed
+    state.model._compiled_call_impl = None  # operations and activations are counted one by one
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        state.network(*inputs)
     return {
         "parameters": sum(p.numel() for p in state.model.parameters()),
-        "gflops_per_image": round(counter.get_total_flops() / 1e9, 3),
-        "images_per_second": round(len(batch.images) / train, 1),
+        "gflops_per_image": round(counter.get_total_flops() / len(images) / 1e9, 3),
+        "images_per_second": round(len(images) / train, 1),
         "ms_per_step": round(1e3 * train, 2),
         "ms_inference": round(1e3 * inference, 2),
-        "peak_memory_gib": memory and round(memory, 2),
+        "activations_mib": round(activations(state, inputs) / 2**20, 2),
+        "peak_memory_gib": memory,
         "start_up_s": round(start_up, 1),
     }
+
+
+def activations(state: TrainState, inputs: tuple) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights apart: memory on any device."""
+    saved: dict[int, int] = {}  # storage -> bytes
+    weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        output = state.network(*inputs)
+    total = sum(size for place, size in saved.items() if place not in weights)
+    del output  # it kept the storages alive, so that none was used twice
+    return total
 
 
 def timed(work: Any, state: TrainState) -> float:
