@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from uvit_dia import config
+from uvit_dia.attention_units import parameter_savings
 from uvit_dia.data import Batches, load_images
 from uvit_dia.errors import ConfigError, run
 from uvit_dia.evaluation import versions
@@ -46,7 +47,9 @@ def main() -> None:
             torch.compiler.reset()
             state = build(train, settings.diffusion, model | {"unit": unit}, accelerator)
             batches = Batches(images, settings.data, size, train.seed, accelerator.device)
-            rows.append({"unit": kind, "batch_size": size, **measure(state, batches, parsed.num_timed)})
+            shared, unshared = parameter_savings(state.model.shared_unit) if unit else (0, 0)
+            cost = {"unit": kind, "batch_size": size, "unit_parameters": shared, "unshared": unshared}
+            rows.append(cost | measure(state, batches, parsed.num_timed))
             base = next(row for row in rows if row["batch_size"] == size)
             for key in ("ms_per_step", "ms_inference", "activations_mib", "peak_memory_gib"):
                 rows[-1][f"{key}_to_{base['unit']}"] = (

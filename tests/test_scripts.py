@@ -213,6 +213,7 @@ BAD = {
     "patch": ("train", ["--model.patch_size", 3], "model.patch_size: 3 will not do"),
     "no data set": ("train", ["--data.dataset", "folder", "--data.path", "{tmp}/nowhere"], "data.path"),
     "no column": ("train", ["--data.dataset", "hub", "--data.path", "{parquet}"], "data.image_column"),
+    "fp16 on a CPU": ("train", ["--train.precision", "fp16"], "precision: 'fp16' will not do"),
     "no checkpoint": ("train", ["--resume", "{tmp}/nowhere"], "not a whole checkpoint"),
     "another model": (
         "train",

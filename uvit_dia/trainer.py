@@ -184,9 +184,12 @@ def make_accelerator(
     for name in trackers or []:
         if name not in installed:
             raise ConfigError("train.trackers", name, f"one that is installed: {', '.join(installed)}")
+    cpu = not torch.accelerator.is_available()
+    if cpu and precision == "fp16":
+        raise ConfigError("precision", precision, "fp32 or bf16 on a CPU")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # said, or two CPU processes would be two runs
+        cpu=cpu,  # said, or two CPU processes would be two runs
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=trackers,
         project_dir=project_dir,
