@@ -96,7 +96,8 @@ def test_sampling_a_run_writes_the_images_that_were_asked_for(trained, tmp_path)
     )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "images").glob("*.png"))) == 5 and (tmp_path / "g.png").is_file()
-    again = run("sample", trained / "pipeline", "--num_images", 2, "--steps", 3, "--dir", tmp_path / "two")
+    as_the_run = ["--steps", 3, "--guidance_scale", 1.5]  # which a pipeline's folder does not know
+    again = run("sample", trained / "pipeline", "--num_images", 2, *as_the_run, "--dir", tmp_path / "two")
     assert again.returncode == 0, again.stderr
     for name in ("000000.png", "000001.png"):
         ours, theirs = (np.asarray(Image.open(tmp_path / d / name)) for d in ("images", "two"))
