@@ -96,7 +96,7 @@ def measure(state: TrainState, batches: Batches, num_timed: int) -> dict[str, An
         state.network(*inputs)
     return {
         "parameters": sum(p.numel() for p in state.model.parameters()),
-        "gflops_per_image": round(counter.get_total_flops() / len(images) / 1e9, 3),
+        "mflops_per_image": round(counter.get_total_flops() / len(images) / 1e6, 3),
         "images_per_second": round(len(images) / train, 1),
         "ms_per_step": round(1e3 * train, 2),
         "ms_inference": round(1e3 * inference, 2),

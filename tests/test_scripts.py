@@ -196,7 +196,7 @@ def test_the_benchmark_tells_what_a_unit_costs(tmp_path):
     none, dia = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert code == 0, err
     assert dia["parameters"] - none["parameters"] == 10 * 16**2 // 4 + 2 * (4 + 4 * 16)
-    assert none["ms_per_step_to_none"] == 1 and dia["ms_inference"] > 0 and dia["gflops_per_image"] > 0
+    assert none["ms_per_step_to_none"] == 1 and dia["ms_inference"] > 0 and dia["mflops_per_image"] > 0
 
 
 def parquet(path: Path) -> Path:
