@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from uvit_dia import checkpoint
 from uvit_dia.checkpoint import BadCheckpoint
@@ -29,9 +30,9 @@ TINY = dict(sample_size=8, patch_size=4, in_channels=1, embed_dim=16, depth=2, n
 SHORT = dict(num_steps=8, batch_size=8, warmup_steps=2, learning_rate=1e-2, ema_decay=0.9, log_every=3)
 
 
-def make(model=None, diffusion=None, data=None, **train) -> tuple[TrainState, Batches]:
+def make(model=None, diffusion=None, data=None, accelerator=None, **train) -> tuple[TrainState, Batches]:
     config = TrainConfig(**SHORT | train)
-    accelerator = make_accelerator(config.precision)
+    accelerator = accelerator or make_accelerator(config.precision)
     state = build(config, DiffusionConfig(**diffusion or {}), TINY | (model or {}), accelerator)
     data = DataConfig(**data or {})
     images = load_images(data, "train", 8, 1)
@@ -251,3 +252,39 @@ def test_labels_and_classes_must_go_together():
 def test_an_unknown_tracker_is_told_with_those_there_are():
     with pytest.raises(ConfigError, match=r"train\.trackers.*tensorboard"):
         make_accelerator("fp32", ["tensorbord"])
+
+
+def half(scale: float) -> Accelerator:
+    """fp16 with loss scaling, which accelerate has for a GPU alone, put together on the CPU."""
+    accelerator = make_accelerator("fp32")
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return accelerator
+
+
+def test_fp16_with_loss_scaling_follows_fp32():
+    full, batches = make(max_grad_norm=1.0)
+    losses = [float(r.loss) for r in fit(full, batches)]
+    state, batches = make(max_grad_norm=1.0, accelerator=half(2.0**12))
+    assert losses == pytest.approx([float(r.loss) for r in fit(state, batches)], rel=2e-2)
+    assert state.accelerator.scaler.get_scale() == 2.0**12 == state.info()["scaler"]["scale"]
+
+
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale_but_is_no_divergence():
+    state, batches = make(accelerator=half(2.0**40), num_steps=3)
+    before = state.model.pos_embed.detach().clone()
+    list(fit(state, batches))
+    assert torch.equal(before, state.model.pos_embed) and state.accelerator.scaler.get_scale() == 2.0**37
+
+
+def test_fp16_loss_that_is_not_finite_is_never_stepped_on():
+    state, batches = make(accelerator=half(2.0**12))
+    poison(state, batches, "the images")
+    with pytest.raises(TrainingDiverged, match="step 5: not finite in the images"):
+        list(fit(state, batches))
+
+
+def test_fp16_scale_that_collapses_is_a_divergence():
+    state, batches = make(accelerator=half(1e-4))
+    with pytest.raises(TrainingDiverged, match="loss scale fell"):
+        list(fit(state, batches))

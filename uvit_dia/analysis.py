@@ -95,7 +95,7 @@ def analyze(root: Path, options: AnalyzeConfig, accelerator: Accelerator) -> Ite
         target = root / "analysis" / f"{name}.json"
         target.write_text(json.dumps(without_nan, indent=1) + "\n")
         figure.suptitle(f"{root.name}, step {subject.about.get('step', '?')}: {name}")
-        figure.savefig(target.with_suffix(".png"), dpi=110)
+        figure.savefig(target.with_suffix(".png"), dpi=110, bbox_inches="tight")
         yield from (target, target.with_suffix(".png"))
 
 
