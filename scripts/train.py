@@ -74,7 +74,7 @@ def train(state: trainer.TrainState, batches: Batches, settings: config.Config, 
     pause = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of a log file
     bar = tqdm(total=every.num_steps, initial=state.step, unit="step", disable=not main, mininterval=pause)
     started, seen = time.perf_counter(), state.step
-    saved = state.step if state.step else -1
+    saved = None  # a run that resumes at its end still exports: what stopped it may have come before that
     for record in trainer.fit(state, batches):
         bar.update()
         if record.step % every.log_every == 0 or record.step == every.num_steps:

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,15 @@ def test_a_signal_saves_and_going_on_equals_never_having_stopped(trained, tmp_pa
     if metrics(folder)[-1]["step"] == 20:
         ours, theirs = (load_file(f / "checkpoints/step_00000020/ema.safetensors") for f in (folder, trained))
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_going_on_at_the_end_mends_what_a_crash_left_out(trained, tmp_path):
+    folder = tmp_path / "ended"
+    shutil.copytree(trained, folder)
+    shutil.rmtree(folder / "pipeline")
+    assert train(folder, "--resume").returncode == 0
+    assert json.loads((folder / "pipeline" / "training.json").read_text())["step"] == 20
+    assert metrics(folder) == metrics(trained)
 
 
 def test_going_on_from_a_named_checkpoint_into_a_new_folder(trained, tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from uvit_dia.errors import ConfigError, UserError, one_of
+from uvit_dia.errors import ConfigError, UserError, check_least, one_of
 from uvit_dia.random_keys import Stream, numpy_generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -47,9 +47,7 @@ class DataConfig:
             raise ConfigError("data.path", self.path, f"a path, which data.dataset {self.dataset} needs")
         if self.dataset == "digits" and self.path is not None:
             raise ConfigError("data.path", self.path, "null with data.dataset digits; is it a folder or hub?")
-        for name in ("in_memory_gib", "num_workers"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"data.{name}", getattr(self, name), "0 or more")
+        check_least("data", self, in_memory_gib=0, num_workers=0)
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ class ConfigError(UserError):
 def check_least(section: str, settings: Any, **least: float) -> None:
     """ConfigError for the first field of `settings` that is below its bound."""
     for name, bound in least.items():
-        if getattr(settings, name) < bound:
+        if not getattr(settings, name) >= bound:  # nan is neither
             raise ConfigError(f"{section}.{name}", getattr(settings, name), f"{bound} or more")
 
 

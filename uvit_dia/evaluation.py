@@ -27,7 +27,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm import tqdm
 
 from uvit_dia.data import ImageSet, content_hash, read_all
-from uvit_dia.errors import ConfigError, UserError
+from uvit_dia.errors import ConfigError, UserError, check_least
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
 from uvit_dia.sampling import SampleConfig, generate
@@ -56,9 +56,7 @@ class EvaluateConfig:
         if self.extractor not in (INCEPTION, LITE0):
             raise ConfigError("evaluate.extractor", self.extractor, f"{INCEPTION} or {LITE0}")
         least = {"num_images": NUM_SPLITS, "batch_size": 1, "kid_subsets": 1, "kid_subset_size": 2, "seed": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ConfigError(f"evaluate.{name}", getattr(self, name), f"{bound} or more")
+        check_least("evaluate", self, **least)
 
 
 @dataclass(frozen=True)

@@ -72,15 +72,21 @@ class UViTPipeline(DiffusionPipeline):
 
     def labels(self, batch_size: int, class_labels: Sequence[int] | Tensor | None) -> Tensor | None:
         """The labels of a batch, (B,) on the device; ConfigError where they do not fit the model."""
-        num_classes, null_label = self.unet.config.num_classes, self.unet.config.null_label
-        if num_classes is None:
-            if class_labels is not None:
-                raise ConfigError("class_label", class_labels, "nothing: the model is unconditional")
-            return None
-        classes = [c for c in range(num_classes) if c != null_label]
+        num_classes = self.unet.config.num_classes
         if class_labels is None:
-            class_labels = [classes[i % len(classes)] for i in range(batch_size)]
-        labels = torch.as_tensor(class_labels, device=self.device, dtype=torch.long).expand(batch_size)
-        if not all(0 <= label < num_classes for label in labels.tolist()):
-            raise ConfigError("class_label", labels.tolist(), f"0 to {num_classes - 1}")
-        return labels
+            class_labels = self.classes_in_turn(range(batch_size))
+        if class_labels is None:
+            return None
+        if num_classes is None:
+            raise ConfigError("class_label", class_labels[0], "null: the model is unconditional")
+        for label in class_labels:
+            if not 0 <= label < num_classes:
+                raise ConfigError("class_label", int(label), f"0 to {num_classes - 1}")
+        return torch.as_tensor(class_labels, device=self.device, dtype=torch.long)
+
+    def classes_in_turn(self, indices: Sequence[int]) -> list[int] | None:
+        """Class i mod their number for each index, never the null label; None for an unconditional model."""
+        if self.unet.config.num_classes is None:
+            return None
+        classes = [c for c in range(self.unet.config.num_classes) if c != self.unet.config.null_label]
+        return [classes[i % len(classes)] for i in indices]

@@ -80,30 +80,18 @@ def generate(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     for start in range(rank * config.batch_size, config.num_images, world * config.batch_size):
         indices = torch.arange(start, min(start + config.batch_size, config.num_images))
+        one = config.class_label
+        labels = pipeline.classes_in_turn(indices.tolist()) if one is None else [one] * len(indices)
         with torch.autocast(device.type, dtype, enabled=config.precision != "fp32"):
             images = pipeline(
                 len(indices),
-                class_labels=labels(pipeline, config, indices),
+                class_labels=labels,
                 guidance_scale=config.guidance_scale,
                 num_inference_steps=config.steps,
                 generator=[torch_generator(config.seed, stream, int(i)) for i in indices],
                 output_type="pt",
             ).images
         yield indices, (images * 255).round().to(torch.uint8).cpu()
-
-
-def labels(pipeline: UViTPipeline, config: SampleConfig, indices: Tensor) -> Tensor | None:
-    """Image i's label: the one asked for, or class i mod their number."""
-    num_classes, null_label = pipeline.unet.config.num_classes, pipeline.unet.config.null_label
-    if config.class_label is not None:
-        if num_classes is None or not 0 <= config.class_label < num_classes:
-            expected = "null: the model has no classes" if num_classes is None else f"0 to {num_classes - 1}"
-            raise ConfigError("sample.class_label", config.class_label, expected)
-        return torch.full_like(indices, config.class_label)
-    if num_classes is None:
-        return None
-    classes = torch.tensor([c for c in range(num_classes) if c != null_label])
-    return classes[indices % len(classes)]
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
