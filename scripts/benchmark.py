@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from uvit_dia import config
-from uvit_dia.attention_units import parameter_savings
+from uvit_dia.attention_units import UnitConfig, parameter_savings
 from uvit_dia.data import Batches, load_images
-from uvit_dia.errors import ConfigError, run
+from uvit_dia.errors import ConfigError, check_place, run
 from uvit_dia.evaluation import versions
-from uvit_dia.trainer import TrainState, build, fit, make_accelerator
+from uvit_dia.trainer import TrainState, build, check_divides, fit, make_accelerator
 
 UNITS = "none,dia_lstm,dia_lstm_light,se,eca,cbam,srm,spa,sem,spem"
 
@@ -29,20 +30,30 @@ def main() -> None:
         "--units", default=UNITS, help="kinds of unit, with commas; each with its own defaults"
     )
     parser.add_argument("--batch_sizes", default="128", help="images a step, with commas")
-    parser.add_argument("--num_timed", type=int, default=30, help="steps timed, three times; the best counts")
+    parser.add_argument(
+        "--num_timed", type=PositiveInt, default=30, help="steps timed, three times; the best counts"
+    )
     parser.add_argument("--json", help="also write the rows here")
     argv = sys.argv[1:]
     digits = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
-    parsed = parser.parse_args(argv if "--config" in argv else ["--config", str(digits), *argv])
+    named = any(arg.split("=")[0] == "--config" for arg in argv)
+    parsed = parser.parse_args(argv if named else ["--config", str(digits), *argv])
     settings = config.to_config(parser, parsed)
     accelerator = make_accelerator(settings.train.precision)
     model = settings.model
     images = load_images(settings.data, "train", model["sample_size"], model["in_channels"])
     sizes = [whole(size) for size in parsed.batch_sizes.split(",")]
+    units = [None if kind == "none" else {"kind": kind} for kind in parsed.units.split(",")]
+    for unit in units:
+        UnitConfig.of(unit)
+    for size in sizes:
+        check_divides(replace(settings.train, batch_size=size), accelerator.num_processes)
+    if parsed.json is not None:
+        check_place("--json", parsed.json, [".json"])
     rows: list[dict[str, Any]] = []
     for size in sizes:
-        for kind in tqdm(parsed.units.split(","), desc=f"batch {size}", unit="unit"):
-            unit = None if kind == "none" else {"kind": kind}
+        for unit in tqdm(units, desc=f"batch {size}", unit="unit"):
+            kind = unit["kind"] if unit else "none"
             train = replace(settings.train, batch_size=size, num_steps=10**9)
             torch.compiler.reset()
             state = build(train, settings.diffusion, model | {"unit": unit}, accelerator)

@@ -7,7 +7,7 @@ from pathlib import Path
 from uvit_dia import config
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.data import DataConfig, load_images, test_images
-from uvit_dia.errors import UserError, run
+from uvit_dia.errors import UserError, check_place, run
 from uvit_dia.evaluation import EvaluateConfig, evaluate, markdown, write_card
 from uvit_dia.sampling import SampleConfig, load_pipeline
 from uvit_dia.trainer import make_accelerator
@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_settings(EvaluateConfig)
     parser.add_settings(SampleConfig, "sample")
     given = parser.parse_args(defaults=False).as_dict()
+    if given.get("card") is not None:
+        check_place("--card", given["card"], [".json"])
     folder = RunFolder(given["source"])
     known = config.load(folder.config) if folder.config.is_file() else None
     if known is None and not given.get("reference"):
@@ -35,6 +37,7 @@ def main() -> None:
 
     accelerator = make_accelerator(sample.precision)
     pipeline, about = load_pipeline(given["source"], accelerator.device)
+    pipeline.check(sample.guidance_scale, sample.steps, sample.class_label)
     data = DataConfig(dataset="folder", path=given["reference"]) if given.get("reference") else known.data
     size = (pipeline.unet.config.sample_size, pipeline.unet.config.in_channels)
     with accelerator.local_main_process_first():

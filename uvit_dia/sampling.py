@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -51,15 +52,19 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
         raise UserError(
             f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline's folder"
         )
+    logging.disable_progress_bar()  # of two small files
     try:
         pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)
+        training = found / "training.json" if found else Path()
+        about = dict(json.loads(training.read_text())) if training.is_file() else {}
     except Exception as error:
         raise UserError(f"{source}: no run, pipeline or Hub id that can be loaded ({error})") from error
+    finally:
+        logging.enable_progress_bar()
     if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
         raise UserError(f"{source}: its weights are not those of its config; export it again")
-    about = found / "training.json" if found else None
     pipeline.unet.eval()
-    return pipeline.to(device), json.loads(about.read_text()) if about and about.is_file() else {}
+    return pipeline.to(device), about
 
 
 def generate(
