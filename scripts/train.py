@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from uvit_dia import checkpoint, config, trainer
+from uvit_dia import checkpoint, config, evaluation, posthoc, trainer
 from uvit_dia.checkpoint import RunFolder
-from uvit_dia.data import Batches, load_images
+from uvit_dia.data import Batches, load_images, test_images
 from uvit_dia.errors import UserError, run
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
@@ -36,6 +37,8 @@ def main() -> int:
         raise UserError(f"output_dir: {folder.root} holds a run; add --resume to go on, or name another")
 
     wanted = settings.train
+    if settings.evaluate.every:
+        evaluation.weights_file(settings.evaluate)  # if there are none, that is known before the run begins
     accelerator = trainer.make_accelerator(wanted.precision, wanted.trackers, folder.root)
     state = trainer.build(wanted, settings.diffusion, settings.model, accelerator)
     model = state.model.config
@@ -75,6 +78,7 @@ def train(state: trainer.TrainState, batches: Batches, settings: config.Config, 
     """Run the loop with everything that people want around it; returns the exit code."""
     signals = stop_on_signals(state)
     accelerator, every = state.accelerator, settings.train
+    scorer = screening_scorer(state, batches, settings) if settings.evaluate.every else None
     main = accelerator.is_main_process
     pause = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of a log file
     bar = tqdm(total=every.num_steps, initial=state.step, unit="step", disable=not main, mininterval=pause)
@@ -86,14 +90,21 @@ def train(state: trainer.TrainState, batches: Batches, settings: config.Config, 
             metrics = trainer.summary(state)
             elapsed = time.perf_counter() - started
             metrics["images_per_second"] = round((record.step - seen) * every.batch_size / elapsed, 1)
+            if accelerator.device.type == "cuda":
+                metrics["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             log(state, folder, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             started, seen = time.perf_counter(), record.step
         if record.step % every.checkpoint_every == 0:
             save(state, folder)
             saved = record.step
-        if every.preview_every and record.step % every.preview_every == 0 and main:
+        preview_due = record.step == every.num_steps or record.step % (every.preview_every or 1) == 0
+        if every.preview_every and preview_due and main:
             preview(state, settings, folder)
+        if scorer and record.step % settings.evaluate.every == 0:
+            began = time.perf_counter()
+            screen(state, scorer, settings, folder)
+            started += time.perf_counter() - began  # images_per_second is that of training
     bar.close()
     if saved != state.step:
         save(state, folder)
@@ -130,9 +141,13 @@ def log(state: trainer.TrainState, folder: RunFolder, metrics: dict[str, float])
 def save(state: trainer.TrainState, folder: RunFolder) -> None:
     """A checkpoint, and the averaged weights as a diffusers pipeline; the other processes wait."""
     if state.accelerator.is_main_process:
-        keep = state.config.keep_checkpoints
+        keep, widths = state.config.keep_checkpoints, state.config.posthoc_ema
         checkpoint.save(folder.checkpoints, state.step, state.tensors(), state.info(), keep)
+        if widths:
+            parts = (posthoc.snapshot(state.posthoc), {"posthoc_ema": widths})
+            checkpoint.save(folder.posthoc, state.step, *parts, keep=sys.maxsize)
         about = {"step": state.step, "ema_decay": state.config.ema_decay, "training_seed": state.config.seed}
+        about["spikes"] = state.spikes.count
         checkpoint.export(UViTPipeline(state.ema.ema_model, state.scheduler), folder.pipeline, about)
     state.accelerator.wait_for_everyone()
 
@@ -143,6 +158,27 @@ def preview(state: trainer.TrainState, settings: config.Config, folder: RunFolde
     images = torch.cat([batch for _, batch in generate(pipeline, settings.sample, Stream.PREVIEWS)])
     folder.samples.mkdir(exist_ok=True)
     grid(images).save(folder.samples / f"step_{state.step:08d}.png")
+
+
+def screening_scorer(
+    state: trainer.TrainState, batches: Batches, settings: config.Config
+) -> evaluation.Scorer:
+    """What scores few images while training, on all processes; the real images are looked at once, here."""
+    few = replace(settings.evaluate, num_images=settings.evaluate.screen_images, num_seeds=1)
+    size = (state.model.config.sample_size, state.model.config.in_channels)
+    return evaluation.Scorer(few, batches.images, test_images(settings.data, *size), state.accelerator)
+
+
+def screen(
+    state: trainer.TrainState, scorer: evaluation.Scorer, settings: config.Config, folder: RunFolder
+) -> None:
+    """A card for evaluation/screening/; its wall time is what training waited."""
+    pipeline = UViTPipeline(state.ema.ema_model, state.scheduler)
+    about = {"step": state.step, "ema_decay": state.config.ema_decay, "training_seed": state.config.seed}
+    card = scorer.score_pipeline(pipeline, settings.sample, about | {"screening": True})
+    if card is not None:
+        evaluation.write_card(card, folder.evaluation / "screening" / f"step_{state.step:08d}.json")
+        state.accelerator.log({card["headline"]: card["metrics"][card["headline"]]}, step=state.step)
 
 
 if __name__ == "__main__":

@@ -308,10 +308,25 @@ BENCHMARK = """
 --config {tmp}/nowhere.yaml -> can't be parsed as YAML
 --nope 3 -> nope: no such key
 """
+COMPARE = """
+--axis train.seed=0,1 --nope 3 -> nope: no such key
+--output_dir {tmp}/out -> --axis: none given; add one, such as --axis model.unit=none,dia_lstm
+--axis train.sed=0,1 -> train.sed
+--axis train.seed -> train.seed
+--axis train.seed=0,x -> train.seed
+--axis train.seed=0,1 --jobs 0 -> jobs: '0' will not do
+--axis train.seed=0,1 --config {tmp}/nowhere.yaml -> can't be parsed as YAML
+"""
 CASES = [
     case
     for script, table in dict(
-        train=TRAIN, sample=SAMPLE, evaluate=EVALUATE, report=REPORT, analyze=ANALYZE, benchmark=BENCHMARK
+        train=TRAIN,
+        sample=SAMPLE,
+        evaluate=EVALUATE,
+        report=REPORT,
+        analyze=ANALYZE,
+        benchmark=BENCHMARK,
+        compare=COMPARE,
     ).items()
     for case in cases(script, table)
 ]

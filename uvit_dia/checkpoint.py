@@ -115,7 +115,7 @@ class RunFolder:
         self.config, self.metrics = root / "config.yaml", root / "metrics.jsonl"
         self.checkpoints, self.pipeline = root / "checkpoints", root / "pipeline"
         self.samples, self.evaluation = root / "samples", root / "evaluation"
-        self.report = root / "report.html"
+        self.posthoc, self.report = root / "posthoc", root / "report.html"
 
     def newest_good(self) -> Path | None:
         """The newest checkpoint that reads as written; bad ones are named on stderr and set aside."""

@@ -53,12 +53,14 @@ class ConfigFile(ActionConfigFile):
             raise UserError(f"--config: {values} can't be parsed as YAML ({why}); mend or leave it") from None
         if not isinstance(content, dict):
             raise ConfigError("--config", values, "a file of settings, such as train: {batch_size: 32}")
-        for section in ("model", *SECTIONS):
-            if not isinstance(content.get(section, {}), dict):
-                raise ConfigError(section, content[section], "a mapping of settings")
+        sections = {name: content[name] for name in ("model", *SECTIONS) if name in content}
+        for name, section in sections.items():
+            if not isinstance(section, dict):
+                raise ConfigError(name, section, "a mapping of settings")
         if isinstance(unit := content.get("model", {}).get("unit"), str):
             raise ConfigError("model.unit", unit, f"null or a mapping with kind, {one_of('', list(UNITS))}")
-        if odd := [key for key in all_keys(content) if "." in key or key in ("class_path", "config")]:
+        keys = [*map(str, content), *all_keys(sections)]
+        if odd := [key for key in keys if "." in key or key in ("class_path", "config")]:
             raise UserError(f"{odd[0]}: no such key in {values}")
         super().__call__(parser, cfg, values, option_string)
 

@@ -51,9 +51,10 @@ class UViTPipeline(DiffusionPipeline):
         x = x * self.scheduler.init_noise_sigma
         takes_noise = "generator" in signature(self.scheduler.step).parameters
         noise = {"generator": generator} if takes_noise else {}
-        for t in self.progress_bar(self.scheduler.timesteps):
+        moved = self.scheduler.timesteps.to(self.device)  # at once: a copy a step would wait for it
+        for t, t_moved in zip(self.progress_bar(self.scheduler.timesteps), moved, strict=True):
             x_in = self.scheduler.scale_model_input(x, t)
-            prediction = self.predict(x_in, t, labels, guidance_scale if guided else None)
+            prediction = self.predict(x_in, t_moved, labels, guidance_scale if guided else None)
             x = self.scheduler.step(prediction, t, x, **noise).prev_sample
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":

@@ -23,6 +23,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import DDPMScheduler
 from ema_pytorch import EMA
+from ema_pytorch.post_hoc_ema import KarrasEMA
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -30,6 +31,7 @@ from uvit_dia.checkpoint import BadCheckpoint, Tensors
 from uvit_dia.data import Batch, Batches
 from uvit_dia.diffusion import DiffusionConfig, denoising_loss, make_scheduler
 from uvit_dia.errors import ConfigError, UserError, check_compiler, check_least
+from uvit_dia.posthoc import averages
 from uvit_dia.random_keys import Stream, torch_generator
 from uvit_dia.uvit import UViT
 
@@ -49,6 +51,7 @@ class TrainConfig:
     weight_decay: float = 0.03  # on all parameters
     max_grad_norm: float | None = None  # gradients are scaled down to this norm; null: no clipping
     ema_decay: float = 0.9999  # of the averaged weights that are sampled
+    posthoc_ema: tuple[float, float] | None = None  # relative widths of two more averages, for --ema_sweep
     label_drop: float = 0.0  # share of labels replaced by model.null_label, for guidance
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; images, noise, weights are fp32
     compile: bool = False  # torch.compile the network; needs a C++ compiler on a CPU
@@ -70,6 +73,9 @@ class TrainConfig:
             value = getattr(self, name)
             if not all(0 <= x < 1 for x in (value if name == "betas" else [value])):
                 raise ConfigError(f"train.{name}", value, "0 or more and less than 1")
+        widths = self.posthoc_ema
+        if widths and not 0 < min(widths) < max(widths) < 0.288:  # 1 / sqrt(12) is that of a plain mean
+            raise ConfigError("train.posthoc_ema", widths, "two from 0 to 0.288, e.g. [0.05, 0.28]")
         for name in ("learning_rate", "max_grad_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"train.{name}", getattr(self, name), "more than 0")
@@ -120,6 +126,7 @@ class TrainState:
     run: Callable[..., tuple[Tensor, Tensor]]  # `update`, or its CUDA graph
     bad: Tensor  # bool on the device, sticky: a number was not finite, and no step is taken any more
     taken: Tensor  # on the device: optimizer steps taken with finite numbers
+    posthoc: list[KarrasEMA] = field(default_factory=list)  # of train.posthoc_ema
     step: int = 0  # the same, of the host
     unread: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (loss, grad_norm) still on the device
     interval: list[list[float]] = field(default_factory=list)  # the same, read, since the last summary
@@ -133,6 +140,7 @@ class TrainState:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.ema_model.state_dict(),
+            **{f"posthoc_{i}": ema.ema_model.state_dict() for i, ema in enumerate(self.posthoc)},
             "optimizer": {f"{names[i]}/{key}": v for i, m in moments.items() for key, v in m.items()},
         }
 
@@ -142,6 +150,7 @@ class TrainState:
         return {
             "model": dict(self.model.config),
             "ema_step": int(self.ema.step),
+            "posthoc_ema": self.config.posthoc_ema,
             "interval": self.interval,
             "spikes": {"count": self.spikes.count, "losses": list(self.spikes.losses)},
             "scaler": scaler.state_dict() if scaler else None,
@@ -150,10 +159,15 @@ class TrainState:
     def load(self, tensors: Tensors, info: dict[str, Any]) -> None:
         """Go on exactly where tensors and info were taken; BadCheckpoint if they are another model's."""
         check_same_model(dict(self.model.config), info["model"])
+        if (kept := info.get("posthoc_ema")) != (self.config.posthoc_ema and [*self.config.posthoc_ema]):
+            raise BadCheckpoint(f"other averages are in the checkpoint: set train.posthoc_ema to {kept}")
         self.model.load_state_dict(tensors["model"])
         self.ema.ema_model.load_state_dict(tensors["ema"])
-        self.ema.step.fill_(info["ema_step"])
-        self.ema.initted.fill_(info["ema_step"] > 0)
+        for i, ema in enumerate(self.posthoc):
+            ema.ema_model.load_state_dict(tensors[f"posthoc_{i}"])
+        for ema in (self.ema, *self.posthoc):
+            ema.step.fill_(info["ema_step"])
+            ema.initted.fill_(info["ema_step"] > 0)
         numbers = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors["optimizer"].items():
@@ -242,6 +256,7 @@ def build(
         model, **constant, include_online_model=False, use_foreach=True, param_or_buffer_names_no_ema=copied
     )
     ema.eval()
+    posthoc = averages(model, config.posthoc_ema or (), copied)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.compile:
@@ -257,7 +272,7 @@ def build(
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     parts = (config, accelerator, model, network, optimizer, ema, scheduler, diffusion.min_snr_gamma)
     flags = (torch.zeros((), dtype=dtype, device=device) for dtype in (torch.bool, torch.long))
-    return TrainState(*parts, GraphedUpdate() if graphed else update, *flags)
+    return TrainState(*parts, GraphedUpdate() if graphed else update, *flags, posthoc)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -301,7 +316,10 @@ def train_step(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-    return state.run(state, batch.images, *draw(state, batch))
+    loss, grad_norm = state.run(state, batch.images, *draw(state, batch))
+    for ema in state.posthoc:  # outside the CUDA graph, since their decay changes with the step
+        ema.update()
+    return loss, grad_norm
 
 
 def update(
