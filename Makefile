@@ -27,8 +27,12 @@ demo: .venv/installed  ## train on scikit-learn's digits, sample, score and repo
 test: .venv/installed  ## run the tests
 	$(RUN)/python -m pytest
 
-lint: .venv/installed  ## check style
+lint: .venv/installed  ## check style and types
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/mypy
 
-.PHONY: help setup demo test lint
+coverage: .venv/installed  ## run the tests and list the lines that none of them reaches
+	$(RUN)/python -m pytest --cov --cov-report=term-missing
+
+.PHONY: help setup demo test lint coverage

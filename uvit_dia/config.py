@@ -158,10 +158,19 @@ def to_config(parser: Parser, parsed: Namespace) -> Config:
     return Config(output_dir=parsed.output_dir or f"runs/{name}", model=model, **sections)
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes words such as 1e3 too, which are numbers to jsonargparse and none to PyYAML."""
+
+
+Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+.\d_]+[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def save(config: Config, path: Path, header: dict[str, str]) -> None:
     """Write the resolved config, which `--config` reads again; the header (versions, commit) is comments."""
     lines = [f"# {key}: {value}\n" for key, value in header.items()]
-    path.write_text("".join(lines) + yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+    path.write_text("".join(lines) + yaml.dump(plain(asdict(config)), Dumper=Dumper, sort_keys=False))
 
 
 def load(path: Path) -> Config:
