@@ -45,7 +45,7 @@ class Config:
 class ConfigFile(ActionConfigFile):
     """`--config FILE`, which may come from anyone: what would have jsonargparse import or open is refused."""
 
-    def __call__(self, parser: Any, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
             content = yaml.safe_load(Path(values).read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
