@@ -189,7 +189,6 @@ def extract(
     return Features(features, logits)[indices.argsort()]
 
 
-@threadpool_limits.wrap(limits=os.cpu_count())  # launchers leave a process one thread; the others wait here
 def score(generated: Features, reference: Features, config: EvaluateConfig, device: Device = "cpu") -> Facts:
     """The metrics of generated images against real ones, as torch-fidelity computes them.
 
@@ -202,13 +201,15 @@ def score(generated: Features, reference: Features, config: EvaluateConfig, devi
         raise UserError(f"{counts} are too few to score: both sides need {NUM_SPLITS} or more")
     if not all(x.isfinite().all() for x in (*sides, generated.logits)):
         raise UserError(f"{config.extractor} gave features that are not finite; check its weights file")
-    frechet = fid_statistics_to_metric(*map(fid_features_to_statistics, sides), verbose=False)
+    with threadpool_limits(1):  # the eigenvalues take three times as long on two threads
+        frechet = fid_statistics_to_metric(*map(fid_features_to_statistics, sides), verbose=False)
     size = min(config.kid_subset_size, *map(len, sides))
-    options = dict(kid_subsets=config.kid_subsets, kid_subset_size=size, rng_seed=config.seed, verbose=False)
-    kernel = kid_features_to_metric(*sides, **options)
+    options = dict(kid_subsets=config.kid_subsets, kid_subset_size=size, rng_seed=config.seed)
     # in parts: 2,500 rows of distances to 50,000 images are 0.5 GB, the whole matrix is 10 GB
-    options = dict(save_cpu_ram=True, prc_batch_size=2_500, verbose=False)
-    neighbours = prc_features_to_metric(*(x.to(device) for x in sides), **options)
+    options |= dict(save_cpu_ram=True, prc_batch_size=2_500, verbose=False)
+    with threadpool_limits(os.cpu_count()):  # of these launchers leave a process one
+        kernel = kid_features_to_metric(*sides, **options)
+        neighbours = prc_features_to_metric(*(x.to(device) for x in sides), **options)
     return {
         "fid" if config.extractor == INCEPTION else "frechet_distance": frechet["frechet_inception_distance"],
         **{key.replace("kernel_inception", "kernel"): value for key, value in kernel.items()},
