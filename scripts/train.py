@@ -85,13 +85,16 @@ def train(state: trainer.TrainState, batches: Batches, settings: config.Config, 
             metrics = trainer.summary(state)
             elapsed = time.perf_counter() - started
             metrics["images_per_second"] = round((record.step - seen) * every.batch_size / elapsed, 1)
+            if accelerator.device.type == "cuda":
+                metrics["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             log(state, folder, metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             started, seen = time.perf_counter(), record.step
         if record.step % every.checkpoint_every == 0:
             save(state, folder)
             saved = record.step
-        if every.preview_every and record.step % every.preview_every == 0 and main:
+        preview_due = record.step == every.num_steps or record.step % (every.preview_every or 1) == 0
+        if every.preview_every and preview_due and main:
             preview(state, settings, folder)
         if scorer and record.step % settings.evaluate.every == 0:
             began = time.perf_counter()
@@ -139,6 +142,7 @@ def save(state: trainer.TrainState, folder: RunFolder) -> None:
             parts = (posthoc.snapshot(state.posthoc), {"posthoc_ema": widths})
             checkpoint.save(folder.posthoc, state.step, *parts, keep=sys.maxsize)
         about = {"step": state.step, "ema_decay": state.config.ema_decay, "training_seed": state.config.seed}
+        about["spikes"] = state.spikes.count
         checkpoint.export(UViTPipeline(state.ema.ema_model, state.scheduler), folder.pipeline, about)
     state.accelerator.wait_for_everyone()
 

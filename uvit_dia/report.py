@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.errors import UserError
+from uvit_dia.experiments import read_grid
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -106,6 +107,16 @@ def picture(png: bytes, caption: str) -> str:
     )
 
 
+def grid_page(root: Path) -> str:
+    _, runs = read_grid(root)
+    rows = []
+    for run in runs:
+        card = run.card()
+        score = card["metrics"] if card else {}
+        rows.append([run.name, f"{run.images_done():,}", *(f"{score[k]:.4g}" for k in list(score)[:2])])
+    return page(root.name, [table(["run", "images", "distance", "KID"], rows)])
+
+
 def curves(records: list[dict[str, Any]]) -> bytes:
     """Loss, gradient norm and learning rate over steps, as a PNG."""
     figure = Figure(figsize=(9, 3), layout="constrained")
@@ -119,9 +130,9 @@ def curves(records: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def write_run_page(root: Path) -> Path:
+def write_page(root: Path) -> Path:
     """Write the page as the run's report.html and return its path."""
     folder = RunFolder(root)
-    text = run_page(folder)
+    text = grid_page(root) if (root / "grid.yaml").is_file() else run_page(folder)
     folder.report.write_text(text)
     return folder.report
