@@ -48,7 +48,8 @@ def main() -> int:
     )
     argv = sys.argv[1:]
     digits = str(SCRIPTS.parent / "configs" / "digits.yaml")
-    parsed = parser.parse_args(argv if "--config" in argv else ["--config", digits, *argv])
+    named = any(arg.split("=")[0] == "--config" for arg in argv)
+    parsed = parser.parse_args(argv if named else ["--config", digits, *argv])
     axes = parsed.axes | dict(map(read_axis, parsed.axis))
     if not axes:
         raise UserError("--axis: none given; add one, such as --axis model.unit=none,dia_lstm")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -53,15 +54,19 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
     found = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
     if found is None and Path(source).exists():
         raise UserError(f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline")
+    logging.disable_progress_bar()  # of two small files
     try:
         pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)
+        training = found / "training.json" if found else Path()
+        about = dict(json.loads(training.read_text())) if training.is_file() else {}
     except Exception as error:
         raise UserError(f"{source}: no run, pipeline or Hub id that can be loaded ({error})") from error
+    finally:
+        logging.enable_progress_bar()
     if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
         raise UserError(f"{source}: its weights are not those of its config; export it again")
-    about = found / "training.json" if found else None
     pipeline.unet.eval()
-    return pipeline.to(device), json.loads(about.read_text()) if about and about.is_file() else {}
+    return pipeline.to(device), about
 
 
 def generate(
