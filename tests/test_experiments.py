@@ -1,4 +1,4 @@
-"""Grids: what a plan holds and what is refused at once; a tiny one is stopped, goes on, half fails, is scored."""
+"""Grids: what a plan holds, what is refused at once; a tiny one that is stopped, goes on, and half fails."""
 
 import contextlib
 import csv

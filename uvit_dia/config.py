@@ -132,9 +132,9 @@ def save(config: Config, path: Path, header: dict[str, str]) -> None:
     path.write_text("".join(lines) + yaml.safe_dump(plain(asdict(config)), sort_keys=False))
 
 
-def load(path: Path) -> Config:
-    """The Config that `save` wrote."""
-    parser = run_parser("")
+def load(path: Path, parser: Parser | None = None) -> Config:
+    """The Config that `save` wrote; a parser that is at hand saves time."""
+    parser = parser or run_parser("")
     return to_config(parser, parser.parse_args(["--config", str(path)]))
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from uvit_dia.checkpoint import RunFolder
-from uvit_dia.config import SECTIONS, Config, load, plain, provenance, run_parser, save, to_config
+from uvit_dia.config import SECTIONS, Config, Parser, load, plain, provenance, run_parser, save, to_config
 from uvit_dia.data import load_images
 from uvit_dia.errors import UserError
 from uvit_dia.trainer import check_divides, check_labels
@@ -124,7 +124,7 @@ def make_runs(base: Config, axes: dict[str, list[Any]], equal: Literal["steps", 
             parts = {part: scaled(getattr(config, part), factor) for part in ("train", "evaluate")}
             config = replace(config, **parts)
         runs[name] = Run(name, tuple(labels.values()), config)
-    check(list(runs.values()))
+    check(list(runs.values()), parser)
     return list(runs.values())
 
 
@@ -134,7 +134,7 @@ def scaled(settings: Any, factor: float) -> Any:
     return replace(settings, **{key: max(1, round(n * factor)) for key, n in counts.items()})
 
 
-def check(runs: list[Run]) -> None:
+def check(runs: list[Run], parser: Parser) -> None:
     """UserError for a model that can't be, data that are not there, and a folder that holds another run.
 
     It also downloads, once, the data that the runs would else all download at the same time.
@@ -149,7 +149,7 @@ def check(runs: list[Run]) -> None:
         if repr(wanted) not in num_labels:
             num_labels[repr(wanted)] = load_images(*wanted).num_labels
         check_labels(num_labels[repr(wanted)], model["num_classes"], model["null_label"])
-        there = load(run.folder.config) if run.folder.config.is_file() else run.config
+        there = load(run.folder.config, parser) if run.folder.config.is_file() else run.config
         for section in ("model", *SECTIONS):
             ours, theirs = (plain(asdict(config)[section]) for config in (run.config, there))
             if differ := [key for key in ours if ours[key] != theirs[key]]:
@@ -159,16 +159,17 @@ def check(runs: list[Run]) -> None:
 
 def write_grid(root: Path, runs: list[Run], facts: dict[str, Any]) -> None:
     """Write each run's cell.yaml, the config that it is to have, and grid.yaml: the facts and the runs."""
+    made_with = provenance()
     for run in runs:
         run.folder.root.mkdir(parents=True, exist_ok=True)
-        save(run.config, run.folder.root / "cell.yaml", provenance())
-    whole = facts | provenance() | {"runs": {run.name: list(run.labels) for run in runs}}
+        save(run.config, run.folder.root / "cell.yaml", made_with)
+    whole = facts | made_with | {"runs": {run.name: list(run.labels) for run in runs}}
     (root / "grid.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
 
 
 def read_grid(root: Path) -> tuple[dict[str, Any], list[Run]]:
     """What `write_grid` wrote, the facts and the runs, wherever the folder has gone since."""
-    facts = yaml.safe_load((root / "grid.yaml").read_text())
-    configs = {name: load(root / name / "cell.yaml") for name in facts["runs"]}
+    facts, parser = yaml.safe_load((root / "grid.yaml").read_text()), run_parser("")
+    configs = {name: load(root / name / "cell.yaml", parser) for name in facts["runs"]}
     moved = {name: replace(config, output_dir=str(root / name)) for name, config in configs.items()}
     return facts, [Run(name, tuple(labels), moved[name]) for name, labels in facts.pop("runs").items()]

@@ -196,7 +196,9 @@ def scores(cells: Sequence[Cell], metric: str, x_name: str) -> Figure:
         shift = 0.5 * (i + 0.5) / len(names) - 0.25  # series stand abreast
         points = {places.index(x) + shift: values for x, values in found.items() if values}
         spreads = [stdev(values) if len(values) > 1 else 0 for values in points.values()]
-        panel.errorbar(list(points), list(map(mean, points.values())), spreads, **style, capsize=4, label=name)
+        panel.errorbar(
+            list(points), list(map(mean, points.values())), spreads, **style, capsize=4, label=name
+        )
         for x, values in points.items():
             panel.scatter([x + 0.03] * len(values), values, 9, style["color"], alpha=0.6)
     panel.set_xticks(range(len(places)), places)
