@@ -25,12 +25,13 @@ from statistics import mean
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from uvit_dia import config
 from uvit_dia.errors import UserError, run
-from uvit_dia.experiments import Run, make_runs, read_axis, write_grid
+from uvit_dia.experiments import Run, make_runs, write_grid
 from uvit_dia.report import write_page
 from uvit_dia.uvit import UViT
 
@@ -64,13 +65,25 @@ def main() -> int:
     command = shlex.join(["python", *sys.argv])
     facts = {"command": command, "equal": parsed.equal, "hardware": hardware(), "runs_at_once": len(places)}
     with alone(root) as lock:
-        write_grid(root, runs, facts | {"axes": list(axes)})
+        write_grid(root, runs, facts)
         return work(Grid(runs, places, lock.fileno()), root)
+
+
+def read_axis(text: str) -> tuple[str, list[Any]]:
+    """The setting and its values in `train.batch_size=32,128`; a value is YAML: 3, null, {kind: se}."""
+    key, _, values = text.partition("=")
+    try:
+        found = yaml.safe_load(f"[{values}]")
+    except yaml.YAMLError:
+        found = []
+    if not found:
+        raise UserError(f"axis {text!r}: expected KEY=VALUE,VALUE, such as train.batch_size=32,128")
+    return key, found
 
 
 def show_plan(root: Path, runs: list[Run], num_places: int) -> None:
     for one in runs:
-        done = "done" if one.card() else f"{images_done(one):,} of {one.num_images:,} images"
+        done = "done" if one.card() else f"{images_done(one):,} of {num_images(one):,} images"
         print(f"{one.name}: {one.config.train.num_steps:,} steps of {one.config.train.batch_size}, {done}")
     left = [one for one in runs if not one.card()]
     seconds = forecast(runs)
@@ -81,6 +94,11 @@ def show_plan(root: Path, runs: list[Run], num_places: int) -> None:
     there = next(path for path in (root, *root.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     print(f"{root}: {sum(map(disk, left)) / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free", flush=True)
+
+
+def num_images(one: Run) -> int:
+    """How many images it trains on, repeats counted."""
+    return one.config.train.num_steps * one.config.train.batch_size
 
 
 def images_done(one: Run) -> int:
@@ -102,7 +120,7 @@ def forecast(runs: list[Run]) -> float | None:
     scoring = mean([float(card["provenance"]["wall time"].split()[0]) for card in cards] or [0])
     known = list(chain.from_iterable(rates.values()))
     return sum(
-        mean(rates.get(one.config.train.batch_size, known)) * (one.num_images - images_done(one)) + scoring
+        mean(rates.get(one.config.train.batch_size, known)) * (num_images(one) - images_done(one)) + scoring
         for one in runs
         if not one.card()
     )
@@ -218,7 +236,7 @@ def work(grid: Grid, root: Path) -> int:
         signal.signal(number, handle)
     total, done = (
         sum(numbers)
-        for numbers in zip(*((one.num_images, images_done(one)) for one in grid.runs), strict=True)
+        for numbers in zip(*((num_images(one), images_done(one)) for one in grid.runs), strict=True)
     )
     pause = 1 if sys.stderr.isatty() else 30  # seconds between lines of a log file
     with tqdm(

@@ -14,7 +14,7 @@ import torch
 
 from uvit_dia import config, errors
 from uvit_dia.errors import UserError
-from uvit_dia.experiments import make_runs, read_axis, read_grid, write_grid
+from uvit_dia.experiments import make_runs, read_grid, write_grid
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "compare.py"))
@@ -59,16 +59,16 @@ def compare(*argv: object) -> tuple[int, str, str]:
     ],
 )
 def test_an_axis_is_a_setting_and_values_in_yaml(text, values):
-    assert read_axis(text) == (text.split("=")[0], values)
+    assert SCRIPT["read_axis"](text) == (text.split("=")[0], values)
 
 
 def test_a_grid_is_every_combination_typed_and_named_with_the_last_axis_fastest(tmp_path):
     axes = {"model.unit": UNITS, "train.batch_size": [8, 16], "train.learning_rate": ["2e-4"]}
     runs = make_runs(base(tmp_path), axes, "steps")
-    assert [run.labels for run in runs[:3]] == [
+    assert [tuple(run.labels.values()) for run in runs[:3]] == [
         ("none", "8", "2e-4"), ("none", "16", "2e-4"), ("dia_lstm", "8", "2e-4")
     ]  # fmt: skip
-    assert runs[-1].labels[0] == "dia_lstm gate_scale=4"
+    assert runs[-1].labels["model.unit"] == "dia_lstm gate_scale=4"
     assert len({run.name for run in runs}) == len(runs) == 6
     assert all(run.folder.root == tmp_path / run.name for run in runs)
     units = [run.config.model["unit"] for run in runs[::2]]
@@ -87,7 +87,7 @@ def test_an_option_of_the_unit_can_be_an_axis_of_its_own(tmp_path):
 
 def test_at_equal_images_every_batch_size_sees_as_many_and_what_counts_steps_is_scaled(tmp_path):
     runs = make_runs(base(tmp_path), {"train.batch_size": [4, 16, 64]}, "images")
-    assert {run.num_images for run in runs} == {400 * 16}
+    assert {SCRIPT["num_images"](run) for run in runs} == {400 * 16}
     small, same, large = (run.config.train for run in runs)
     assert same == base(tmp_path).train
     assert (small.num_steps, small.warmup_steps, small.log_every, small.preview_every) == (
@@ -104,10 +104,10 @@ def test_at_equal_images_every_batch_size_sees_as_many_and_what_counts_steps_is_
 
 def test_a_grid_reads_back_as_it_was_written_wherever_it_went(tmp_path):
     runs = make_runs(base(tmp_path / "a"), {"model.unit": UNITS, "train.seed": [0, 1]}, "steps")
-    write_grid(tmp_path / "a", runs, {"axes": ["model.unit", "train.seed"], "equal": "steps"})
+    write_grid(tmp_path / "a", runs, {"equal": "steps"})
     (tmp_path / "a").rename(tmp_path / "b")
     facts, again = read_grid(tmp_path / "b")
-    assert facts["axes"] == ["model.unit", "train.seed"] and "torch" in facts and "runs" not in facts
+    assert facts["equal"] == "steps" and "torch" in facts and "runs" not in facts
     assert [(run.name, run.labels) for run in again] == [(run.name, run.labels) for run in runs]
     for run, was in zip(again, runs, strict=True):
         assert run.folder.root == tmp_path / "b" / run.name
@@ -181,7 +181,7 @@ def stopped(tmp_path_factory) -> Path:
     """A grid of two runs that a signal stopped while they trained; the second is going to break."""
     root = tmp_path_factory.mktemp("grids") / "tiny"
     runs = make_runs(base(root), {"train.learning_rate": [1e-3, 1e38]}, "steps")
-    write_grid(root, runs, {"axes": ["train.learning_rate"], "equal": "steps", "command": "", "hardware": ""})
+    write_grid(root, runs, {"equal": "steps", "command": "", "hardware": ""})
     with SCRIPT["alone"](root) as lock:
         grid = SCRIPT["Grid"](runs[:1], SCRIPT["slots"](1), lock.fileno())
         started = time.monotonic()

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -23,10 +24,10 @@ COUNTS_STEPS = re.compile(r"num_steps|warmup_steps|(\w+_)?every")  # settings th
 
 @dataclass(frozen=True)
 class Run:
-    """One combination: the name of its folder, the label of its value on each axis, and its config."""
+    """One combination: the name of its folder, a label of its value by axis, and its config."""
 
     name: str
-    labels: tuple[str, ...]
+    labels: dict[str, str]
     config: Config
 
     @property
@@ -36,11 +37,6 @@ class Run:
     @property
     def card_path(self) -> Path:
         return self.folder.evaluation / f"step_{self.config.train.num_steps:08d}.json"
-
-    @property
-    def num_images(self) -> int:
-        """How many images it trains on, repeats counted."""
-        return self.config.train.num_steps * self.config.train.batch_size
 
     def is_trained(self) -> bool:
         try:
@@ -65,26 +61,15 @@ class Run:
         errors = re.findall(r"\w*error: .+", text, re.IGNORECASE)  # a progress bar may stand before it
         return [*text.splitlines()[-1:], *errors][-1]
 
+    @cached_property
     def numbers(self) -> dict[str, float]:
         """What it came to: its last metrics, and its scores. Its speed is the median, as starting is slow."""
-        card, records = self.card(), self.folder.read_metrics()
-        found = {"broken": int(not card and "not finite" in self.last_words())}
+        card, records = self.card() or {"metrics": {}}, self.folder.read_metrics()
+        found = {"broken": int(not card["metrics"] and "not finite" in self.last_words())}
         if records:
             speed = median(record["images_per_second"] for record in records)
             found |= records[-1] | {"images_per_second": speed}
-        return found | (card["metrics"] if card else {})
-
-
-def read_axis(text: str) -> tuple[str, list[Any]]:
-    """The setting and its values in `train.batch_size=32,128`; a value is YAML: 3, null, {kind: se}."""
-    key, _, values = text.partition("=")
-    try:
-        found = yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError:
-        found = []
-    if not found:
-        raise UserError(f"axis {text!r}: expected KEY=VALUE,VALUE, such as train.batch_size=32,128")
-    return key, found
+        return found | card["metrics"]
 
 
 def label(value: Any) -> str:
@@ -113,17 +98,17 @@ def make_runs(base: Config, axes: dict[str, list[Any]], equal: Literal["steps", 
             bare = {"kind": unit} if unit != "none" else None
             changes["model.unit"] = bare if isinstance(unit, str) else unit
         labels = {key: label(value) for key, value in changes.items()}
-        name = "_".join(f"{key.split('.')[-1]}-{text}" for key, text in labels.items())
-        name = re.sub(r"[^\w.]+", "-", name)
+        parts = (f"{key.split('.')[-1]}-{text}" for key, text in labels.items())
+        name = re.sub(r"[^\w.]+", "-", "_".join(parts))
         if name in runs:
             raise UserError(f"two runs of the grid have one name, {name}; does an axis have a value twice?")
         settings["output_dir"] = str(Path(base.output_dir) / name)
         config = to_config(parser, parser.parse_object(changes, parser.parse_object(settings)))
         if equal == "images":
             factor = base.train.batch_size / config.train.batch_size
-            parts = {part: scaled(getattr(config, part), factor) for part in ("train", "evaluate")}
-            config = replace(config, **parts)
-        runs[name] = Run(name, tuple(labels.values()), config)
+            train, evaluate = (scaled(part, factor) for part in (config.train, config.evaluate))
+            config = replace(config, train=train, evaluate=evaluate)
+        runs[name] = Run(name, labels, config)
     check(list(runs.values()), parser)
     return list(runs.values())
 
@@ -163,7 +148,7 @@ def write_grid(root: Path, runs: list[Run], facts: dict[str, Any]) -> None:
     for run in runs:
         run.folder.root.mkdir(parents=True, exist_ok=True)
         save(run.config, run.folder.root / "cell.yaml", made_with)
-    whole = facts | made_with | {"runs": {run.name: list(run.labels) for run in runs}}
+    whole = facts | made_with | {"runs": {run.name: run.labels for run in runs}}
     (root / "grid.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
 
 
@@ -172,4 +157,4 @@ def read_grid(root: Path) -> tuple[dict[str, Any], list[Run]]:
     facts, parser = yaml.safe_load((root / "grid.yaml").read_text()), run_parser("")
     configs = {name: load(root / name / "cell.yaml", parser) for name in facts["runs"]}
     moved = {name: replace(config, output_dir=str(root / name)) for name, config in configs.items()}
-    return facts, [Run(name, tuple(labels), moved[name]) for name, labels in facts.pop("runs").items()]
+    return facts, [Run(name, labels, moved[name]) for name, labels in facts.pop("runs").items()]

@@ -36,11 +36,10 @@ Records = list[dict[str, Any]]  # of metrics.jsonl
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs that differ in the seed alone, and their numbers, by seed; key: their labels on other axes."""
+    """The runs that differ in the seed alone, by seed; key: their labels on the other axes."""
 
     key: tuple[str, ...]
     runs: dict[str, Run]
-    numbers: dict[str, dict[str, float]]
 
     @property
     def series(self) -> str:
@@ -55,7 +54,7 @@ class Cell:
 
     def of(self, name: str) -> dict[str, float]:
         """One number of each run that has it, by seed."""
-        return {seed: numbers[name] for seed, numbers in self.numbers.items() if name in numbers}
+        return {seed: run.numbers[name] for seed, run in self.runs.items() if name in run.numbers}
 
     def summary(self, name: str) -> str:
         """Its mean over seeds, and their standard deviation."""
@@ -112,9 +111,9 @@ def grid_context(root: Path) -> dict[str, Any]:
     (root / "figures").mkdir(exist_ok=True)
     metrics = [key for key in evaluation.LABELS if cards and key in cards[0]["metrics"]]
     metrics.sort(key=lambda key: key != cards[0]["headline"])
-    cells = cells_of(runs, facts["axes"])
-    write_csv(root / "report.csv", facts["axes"], cells)
-    axes = [axis.split(".")[-1].replace("_", " ") for axis in facts["axes"] if axis != SEED]
+    cells = cells_of(runs)
+    write_csv(root / "report.csv", runs)
+    axes = [axis.split(".")[-1].replace("_", " ") for axis in runs[0].labels if axis != SEED]
     training, previews = {}, {}
     for x in dict.fromkeys(cell.x for cell in cells):
         records = {cell.series: cell.records() for cell in cells if cell.x == x}
@@ -135,20 +134,18 @@ def grid_context(root: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cells_of(runs: Sequence[Run], axes: Sequence[str]) -> list[Cell]:
-    cells: dict[tuple[str, ...], Cell] = {}
+def cells_of(runs: Sequence[Run]) -> list[Cell]:
+    cells: dict[tuple[str, ...], dict[str, Run]] = {}
     for run in runs:
-        labels = dict(zip(axes, run.labels, strict=True))
-        seed, key = labels.pop(SEED, str(run.config.train.seed)), tuple(labels.values())
-        cell = cells.setdefault(key, Cell(key, {}, {}))
-        cell.runs[seed], cell.numbers[seed] = run, run.numbers()
-    return list(cells.values())
+        labels = dict(run.labels)
+        seed = labels.pop(SEED, "")
+        cells.setdefault(tuple(labels.values()), {})[seed] = run
+    return [Cell(*cell) for cell in cells.items()]
 
 
-def write_csv(path: Path, axes: Sequence[str], cells: Sequence[Cell]) -> None:
+def write_csv(path: Path, runs: Sequence[Run]) -> None:
     """A line a run: its name, labels and numbers."""
-    runs = [(run, cell.numbers[seed]) for cell in cells for seed, run in cell.runs.items()]
-    rows = [{"run": run.name, **dict(zip(axes, run.labels, strict=True)), **found} for run, found in runs]
+    rows = [{"run": run.name} | run.labels | run.numbers for run in runs]
     with path.open("w", newline="") as file:
         table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         table.writeheader()
