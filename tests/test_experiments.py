@@ -217,3 +217,11 @@ def test_the_same_command_goes_on_and_a_run_that_fails_stops_no_other(stopped):
     assert f"{good.name}: 400 steps of 16, done" in out and "1 of 2 runs left" in out and "0 minutes" in out
     code, _, err = compare(*axis, "--train.num_steps", 500)
     assert code == 2 and "train.num_steps is 400 there and 500 in the grid" in err
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "grids").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_grid_on_file_can_be_planned(path):
+    code, out, err = compare("--config", ROOT / "configs" / "digits.yaml", "--config", path, "--dry_run")
+    assert code == 0 and " runs left" in out, err
