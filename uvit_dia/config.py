@@ -164,11 +164,11 @@ def save(config: Config, path: Path, header: dict[str, str]) -> None:
     path.write_text("".join(lines) + yaml.safe_dump(plain(asdict(config)), sort_keys=False))
 
 
-def load(path: Path) -> Config:
-    """The Config that `save` wrote; UserError where there is none."""
+def load(path: Path, parser: Parser | None = None) -> Config:
+    """The Config that `save` wrote, by a parser at hand, to save time; UserError where there is none."""
     if not path.is_file():
         raise UserError(f"{path.parent}: no run, as it has no {path.name}")
-    parser = run_parser("")
+    parser = parser or run_parser("")
     return to_config(parser, parser.parse_args(["--config", str(path)]))
 
 
