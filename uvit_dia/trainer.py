@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import DDPMScheduler
 from ema_pytorch import EMA
 from torch import Tensor, nn
@@ -191,9 +192,9 @@ def make_accelerator(
     accelerator = Accelerator(
         cpu=cpu,  # said, or two CPU processes would be two runs
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with=trackers,
+        log_with=trackers or None,  # accelerate warns of an empty list
         project_dir=project_dir,
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     if accelerator.device.type == "cpu":  # the launcher's default is one thread a process
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
