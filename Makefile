@@ -27,8 +27,8 @@ demo: .venv/installed  ## train on scikit-learn's digits, sample, score and repo
 test: .venv/installed  ## run the tests
 	$(RUN)/python -m pytest
 
-torture: .venv/installed  ## kill -9 a run 120 times while it saves, and watch 20,000 steps: ten minutes
-	$(RUN)/python tests/faults/torture.py
+torture: .venv/installed  ## the slow tests: kill -9 a run 120 times while it saves, train 20,000 steps, ...
+	$(RUN)/python -m pytest tests/faults -m slow --capture=no
 
 lint: .venv/installed  ## check style
 	$(RUN)/ruff check .

@@ -129,8 +129,9 @@ def watch(rank: int, world: int, over: Event, patience: float = 45) -> None:
             elif time.monotonic() - since > patience:
                 store.set("lost", f"process {after} ended, or hangs")
             if store.check(["lost"]):
+                reason = store.get("lost").decode()
+                over.wait(4)  # with this process the store may go, and the reason has to reach the others
                 break
-        reason = "" if over.is_set() else store.get("lost").decode()
     except DistError:
         reason = "process 0 or the launcher ended"
     if not over.is_set():

@@ -420,6 +420,7 @@ def agree(state: TrainState) -> tuple[int, bool]:
 def summary(state: TrainState) -> dict[str, float]:
     """Mean loss and gradient norm of the steps since the last summary, which fit has read; counts spikes."""
     losses, norms = zip(*state.interval, strict=True)
+    norms = [norm for norm in norms if math.isfinite(norm)]  # fp16 skips the steps that overflow
     state.interval.clear()
     for loss in losses:
         state.spikes.add(loss)
@@ -427,7 +428,7 @@ def summary(state: TrainState) -> dict[str, float]:
         "step": state.step,
         "images": state.step * state.config.batch_size,
         "loss": sum(losses) / len(losses),
-        "grad_norm": sum(norms) / len(norms),
+        "grad_norm": sum(norms) / max(1, len(norms)),
         "lr": learning_rate(state.config, state.step - 1),
         "spikes": state.spikes.count,
     }
@@ -436,7 +437,7 @@ def summary(state: TrainState) -> dict[str, float]:
 def explain(state: TrainState, batches: Batches, step: int) -> str:
     """Replay a bad step, whose weights the mask has kept, and name where the first bad number arose."""
     batch = next(batches.from_step(step))
-    where = "another process's share of the batch"
+    where = "numbers that a replay does not show, as those of another process's share of the batch"
     if not torch.isfinite(batch.images).all():
         where = "the images"
     elif bad := [name for name, p in state.model.named_parameters() if not torch.isfinite(p).all()]:

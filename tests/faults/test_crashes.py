@@ -32,6 +32,11 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path):
     assert done["steps"] > 5
 
 
+@pytest.mark.slow
+def test_120_of_them_lose_nothing_either(tmp_path):
+    print(harness.crash_again_and_again(tmp_path / "run", kills=120, seed=1, longest=0.3))
+
+
 def write_all(run: RunFolder, step: int) -> None:
     """What training writes: a checkpoint, of which one stays, the pipeline, the metrics cut."""
     torch.manual_seed(step)
