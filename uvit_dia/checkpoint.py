@@ -1,12 +1,12 @@
 """Checkpoints that are whole or absent: written aside, checksummed, renamed; reading executes nothing."""
 
-import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,12 @@ def save(root: Path, step: int, tensors: Tensors, info: dict[str, Any], keep: in
             whole = {name: tensor.contiguous() for name, tensor in named.items()}
             save_file(whole, partial / f"{stem}.safetensors")
         (partial / "info.json").write_text(json.dumps({"step": step, **info}))
-        digests = {path.name: digest(path.read_bytes()) for path in sorted(partial.iterdir())}
+        digests = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
-    older = [path for path in folders(root) if path.name < folder.name]
-    for old in older[keep - 1 :]:  # hidden first: half a checkpoint must not look like one
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")), ignore_errors=True)
+    older = [path for path in folders(root) if path < folder]
+    for old in older[keep - 1 :]:
+        with suppress(OSError):  # on a network disk, read by others; hidden first: half of one is none
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
     return folder
 
 
@@ -63,15 +64,14 @@ def aside(place: Path) -> Iterator[Path]:
             yield partial
             for path in [*partial.rglob("*"), partial]:
                 flush(path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # it would keep a full disk full
-            raise
-        if place.is_dir():
+            if place.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+                place.rename(old)
+            partial.replace(place)
+            flush(place.parent)
             shutil.rmtree(old, ignore_errors=True)
-            place.rename(old)
-        partial.replace(place)
-        flush(place.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # after an error: it would keep a full disk full
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     try:
         digests = json.loads((folder / MANIFEST).read_bytes())
         content = {name: (folder / name).read_bytes() for name in digests}
-        wrong = [name for name, data in content.items() if digest(data) != digests[name]]
+        wrong = [name for name, data in content.items() if sha256(data).hexdigest() != digests[name]]
         info = json.loads(content.pop("info.json"))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BadCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
@@ -99,31 +99,14 @@ def read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
 
 def folders(root: Path) -> list[Path]:
     """The checkpoints under root, newest first, good or not."""
-    found = [path for path in root.glob("step_*") if path.is_dir()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
-
-
-def set_aside(folder: Path) -> str:
-    """Rename a bad checkpoint so that it is out of the way but not lost; tells how that went."""
-    target = folder.with_name(f"bad_{folder.name}")
-    shutil.rmtree(target, ignore_errors=True)
-    try:
-        return f"set aside as {folder.rename(target)}"
-    except OSError as error:
-        return f"passed over, as it can't be set aside ({error})"
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return sorted(root.glob("step_*"), reverse=True)
 
 
 def flush(path: Path) -> None:
     """Have the operating system put a file or a folder's entries on disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 class RunFolder:
@@ -149,7 +132,11 @@ class RunFolder:
                 bad.append((folder, error))
                 continue
             for other, why in bad:
-                print(f"warning: {why}; {set_aside(other)}", file=sys.stderr)
+                target = other.with_name(f"bad_{other.name}")
+                print(f"warning: {why}; passed over, to be {target.name} from now on", file=sys.stderr)
+                shutil.rmtree(target, ignore_errors=True)
+                with suppress(OSError):  # a read-only disk
+                    other.rename(target)
             return folder
         if bad:
             raise BadCheckpoint(f"{bad[0][1]}, and no other is good; to start anew name another output_dir")

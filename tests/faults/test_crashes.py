@@ -198,7 +198,7 @@ def test_a_read_only_folder_is_one_line_and_its_good_checkpoint_is_found_past_a_
     (folder / "checkpoints" / "step_00000012" / "info.json").write_text("{}")
     disk("ro")
     good = RunFolder(folder).newest_good()
-    assert good and good.name == "step_00000008" and "can't be set aside" in capsys.readouterr().err
+    assert good and good.name == "step_00000008" and "step_00000012: info.json" in capsys.readouterr().err
     assert harness.run(folder, "--resume", *SHORT) == 2
     assert "Read-only file system" in error_line(harness.said(folder))
     disk("rw")
