@@ -31,8 +31,11 @@ compare: .venv/installed  ## a grid of 2 units, 2 batch sizes and 3 seeds on the
 test: .venv/installed  ## run the tests
 	$(RUN)/python -m pytest
 
+torture: .venv/installed  ## the slow tests: kill -9 a run 120 times while it saves, train 20,000 steps, ...
+	$(RUN)/python -m pytest tests/faults -m slow --capture=no
+
 lint: .venv/installed  ## check style
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 
-.PHONY: help setup demo compare test lint
+.PHONY: help setup demo compare test torture lint

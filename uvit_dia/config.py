@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from uvit_dia.attention_units import UNITS
+from uvit_dia.checkpoint import aside
 from uvit_dia.data import DataConfig
 from uvit_dia.diffusion import DiffusionConfig
 from uvit_dia.errors import ConfigError, UserError, nearest, one_of
@@ -161,7 +162,8 @@ def to_config(parser: Parser, parsed: Namespace) -> Config:
 def save(config: Config, path: Path, header: dict[str, str]) -> None:
     """Write the resolved config, which `--config` reads again; the header (versions, commit) is comments."""
     lines = [f"# {key}: {value}\n" for key, value in header.items()]
-    path.write_text("".join(lines) + yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+    with aside(path) as partial:
+        partial.write_text("".join(lines) + yaml.safe_dump(plain(asdict(config)), sort_keys=False))
 
 
 def load(path: Path, parser: Parser | None = None) -> Config:
