@@ -24,8 +24,15 @@ demo: .venv/installed  ## train on scikit-learn's digits, sample, score and repo
 	@echo "Look at:"
 	@ls -1 $(DEMO)/report.html $(DEMO)/samples/grid.png $(DEMO)/evaluation/*.md
 
+compare: .venv/installed  ## a grid of 2 units, 2 batch sizes and 3 seeds on the digits, and its report: half an hour at most
+	$(RUN)/python scripts/compare.py --config configs/digits.yaml --config configs/grids/digits.yaml
+	@echo "Look at: runs/compare_digits/report.html"
+
 test: .venv/installed  ## run the tests
 	$(RUN)/python -m pytest
+
+torture: .venv/installed  ## the slow tests: kill -9 a run 120 times while it saves, train 20,000 steps, ...
+	$(RUN)/python -m pytest tests/faults -m slow --capture=no
 
 lint: .venv/installed  ## check style and types
 	$(RUN)/ruff check .
@@ -35,4 +42,4 @@ lint: .venv/installed  ## check style and types
 coverage: .venv/installed  ## run the tests and list the lines that none of them reaches
 	$(RUN)/python -m pytest --cov --cov-report=term-missing
 
-.PHONY: help setup demo test lint coverage
+.PHONY: help setup demo compare test torture lint coverage

@@ -1,26 +1,34 @@
 """Train a diffusion model: accelerate launch scripts/train.py --config FILE [--section.field value]."""
 
 import json
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch.distributed import DistError, PrefixStore, TCPStore
 from tqdm import tqdm
 
 from uvit_dia import checkpoint, config, evaluation, posthoc, trainer
-from uvit_dia.checkpoint import RunFolder
+from uvit_dia.checkpoint import RunFolder, aside, writing
 from uvit_dia.data import Batches, load_images, test_images
-from uvit_dia.errors import UserError, run
+from uvit_dia.errors import ConfigError, UserError, run
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
 from uvit_dia.sampling import generate, grid
 
 DIGITS = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
+LOST = 4  # exit code where another process of the run ended
 
 
 def main() -> int:
@@ -35,11 +43,22 @@ def main() -> int:
     folder = RunFolder(settings.output_dir)
     if parsed.resume is None and folder.config.exists():
         raise UserError(f"output_dir: {folder.root} holds a run; add --resume to go on, or name another")
+    accelerator = trainer.make_accelerator(settings.train.precision, settings.train.trackers, folder.root)
+    with company(accelerator):
+        state, batches = prepare(settings, folder, parsed.resume, accelerator)
+        code = train(state, batches, settings, folder)
+    with writing(folder.root):
+        accelerator.end_training()
+    return code
 
+
+def prepare(
+    settings: config.Config, folder: RunFolder, source: str | None, accelerator: Accelerator
+) -> tuple[trainer.TrainState, Batches]:
+    """Model and data, at the step to go on from; only when all that is well is anything written."""
     wanted = settings.train
     if settings.evaluate.every:
         evaluation.weights_file(settings.evaluate)  # if there are none, that is known before the run begins
-    accelerator = trainer.make_accelerator(wanted.precision, wanted.trackers, folder.root)
     state = trainer.build(wanted, settings.diffusion, settings.model, accelerator)
     model = state.model.config
     with accelerator.local_main_process_first():  # one process a machine downloads
@@ -53,25 +72,84 @@ def main() -> int:
         sample = settings.sample
         previewing = UViTPipeline(state.ema.ema_model, state.scheduler)
         previewing.check(sample.guidance_scale, sample.steps, sample.class_label)
-    resume(state, folder, parsed.resume)
-    if accelerator.is_main_process:
-        folder.root.mkdir(parents=True, exist_ok=True)
-        config.save(settings, folder.config, config.provenance())
-        folder.trim_metrics(state.step)
-    accelerator.init_trackers("tensorboard")
-    return train(state, batches, settings, folder)
+    resume(state, folder, source)
+    with writing(folder.root):
+        if accelerator.is_main_process:
+            config.save(settings, folder.config, config.provenance())
+            folder.trim_metrics(state.step)
+        accelerator.init_trackers("tensorboard")
+    return state, batches
 
 
 def resume(state: trainer.TrainState, folder: RunFolder, source: str | None) -> None:
     """Load the checkpoint that the main process found, on every process; without one the run starts at 0."""
     found = [None]
-    if source == "newest" and state.accelerator.is_main_process:
-        found = [folder.newest_good()]
-    elif source not in (None, "newest"):
-        found = [Path(source)]
+    if state.accelerator.is_main_process:
+        with writing(folder.root):
+            folder.mend()
+        found = [folder.newest_good() if source == "newest" else source and Path(source)]
     if path := broadcast_object_list(found)[0]:
         state.load(*checkpoint.read(path))
+        newest = next(iter(checkpoint.folders(folder.checkpoints)), path)
+        if source != "newest" and newest.name > f"step_{state.step:08d}":
+            remedy = "move it away, or name another output_dir"
+            raise UserError(f"--resume {path}: {newest} is a later one; {remedy}")
         state.accelerator.print(f"going on from {path}, step {state.step}")
+
+
+@contextmanager
+def company(accelerator: Accelerator) -> Iterator[None]:
+    """End this process, saying why, where another one of the run has ended: it would wait for hours."""
+    rank, alone = accelerator.process_index, accelerator.num_processes == 1
+    over = Event()
+    if not alone:
+        Thread(target=watch, args=(rank, accelerator.num_processes, over), daemon=True).start()
+    try:
+        yield
+        accelerator.wait_for_everyone()  # the first process to end takes the store along
+    except UserError as error:  # settings are everybody's, other things may be known to this process alone
+        if not (accelerator.is_local_main_process or isinstance(error, ConfigError)):
+            print(f"error: process {rank}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise
+    except RuntimeError as error:
+        if alone or not (isinstance(error, DistError) or "gloo" in str(error)):
+            raise
+        lost(f"process {rank}: another process ended ({str(error).partition('. ')[0]})")
+    finally:
+        over.set()
+
+
+def watch(rank: int, world: int, over: Event, patience: float = 45) -> None:
+    """Count up a number of this process in the launcher's store, and end where the next one's stands still.
+
+    A thread, as the main process may be long at a preview or a score while the others wait for it.
+    """
+    after = (rank + 1) % world
+    try:
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(*where, wait_for_workers=False, timeout=timedelta(seconds=patience))
+        store = PrefixStore(f"company {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        beats, since = 0, time.monotonic()
+        while not over.wait(2):
+            store.add(f"{rank}", 1)
+            if (now := store.add(f"{after}", 0)) != beats:
+                beats, since = now, time.monotonic()
+            elif time.monotonic() - since > patience:
+                store.set("lost", f"process {after} ended, or hangs")
+            if store.check(["lost"]):
+                reason = store.get("lost").decode()
+                over.wait(4)  # with this process the store may go, and the reason has to reach the others
+                break
+    except DistError:
+        reason = "process 0 or the launcher ended"
+    if not over.is_set():
+        lost(f"process {rank}: {reason}")
+
+
+def lost(reason: str) -> None:
+    """End at once: what else the process would do needs the others, or leads to a long wait."""
+    print(f"\nerror: {reason}; go on with --resume", file=sys.stderr, flush=True)
+    os._exit(LOST)
 
 
 def train(state: trainer.TrainState, batches: Batches, settings: config.Config, folder: RunFolder) -> int:
@@ -84,34 +162,35 @@ def train(state: trainer.TrainState, batches: Batches, settings: config.Config, 
     bar = tqdm(total=every.num_steps, initial=state.step, unit="step", disable=not main, mininterval=pause)
     started, seen = time.perf_counter(), state.step
     saved = None  # a run that resumes at its end still exports: what stopped it may have come before that
-    for record in trainer.fit(state, batches):
-        bar.update()
-        if record.step % every.log_every == 0 or record.step == every.num_steps:
-            metrics = trainer.summary(state)
-            elapsed = time.perf_counter() - started
-            metrics["images_per_second"] = round((record.step - seen) * every.batch_size / elapsed, 1)
-            if accelerator.device.type == "cuda":
-                metrics["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            log(state, folder, metrics)
-            bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            started, seen = time.perf_counter(), record.step
-        if record.step % every.checkpoint_every == 0:
-            save(state, folder)
-            saved = record.step
-        preview_due = record.step == every.num_steps or record.step % (every.preview_every or 1) == 0
-        if every.preview_every and preview_due and main:
-            preview(state, settings, folder)
-        if scorer and record.step % settings.evaluate.every == 0:
-            began = time.perf_counter()
-            screen(state, scorer, settings, folder)
-            started += time.perf_counter() - began  # images_per_second is that of training
-    bar.close()
+    with bar:  # closed before an error is printed
+        for record in trainer.fit(state, batches):
+            bar.update()
+            if record.step % every.log_every == 0 or record.step == every.num_steps:
+                metrics = trainer.summary(state)
+                elapsed = time.perf_counter() - started
+                metrics["images_per_second"] = round((record.step - seen) * every.batch_size / elapsed, 1)
+                if accelerator.device.type == "cuda":
+                    metrics["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                log(state, folder, metrics)
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+                started, seen = time.perf_counter(), record.step
+            if record.step % every.checkpoint_every == 0:
+                save(state, folder)
+                saved = record.step
+            preview_due = record.step == every.num_steps or record.step % (every.preview_every or 1) == 0
+            if every.preview_every and preview_due and main:
+                preview(state, settings, folder)
+            if scorer and record.step % settings.evaluate.every == 0:
+                began = time.perf_counter()
+                screen(state, scorer, settings, folder)
+                started += time.perf_counter() - began  # images_per_second is that of training
     if saved != state.step:
         save(state, folder)
-    accelerator.end_training()
-    if signals:
-        accelerator.print(f"stopped by {signals[0].name} after step {state.step}; go on with --resume")
-        return 128 + signals[0]
+    number = torch.tensor(signals[:1] or [0], device=accelerator.device)
+    if number := int(accelerator.gather(number).max()):  # all processes end alike, whichever was signalled
+        name = signal.Signals(number).name
+        accelerator.print(f"stopped by {name} after step {state.step}; go on with --resume")
+        return 128 + number
     accelerator.print(f"trained {state.step} steps: {folder.root}")
     return 0
 
@@ -132,10 +211,11 @@ def stop_on_signals(state: trainer.TrainState) -> list[signal.Signals]:
 
 
 def log(state: trainer.TrainState, folder: RunFolder, metrics: dict[str, float]) -> None:
-    state.accelerator.log(metrics, step=int(metrics["step"]))
     if state.accelerator.is_main_process:
-        with folder.metrics.open("a") as file:
+        with writing(folder.metrics), folder.metrics.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+    with writing(folder.root):  # tensorboard's files
+        state.accelerator.log(metrics, step=int(metrics["step"]))
 
 
 def save(state: trainer.TrainState, folder: RunFolder) -> None:
@@ -156,8 +236,8 @@ def preview(state: trainer.TrainState, settings: config.Config, folder: RunFolde
     """A grid from the run's fixed preview noise; the other processes wait at the next step."""
     pipeline = UViTPipeline(state.ema.ema_model, state.scheduler)
     images = torch.cat([batch for _, batch in generate(pipeline, settings.sample, Stream.PREVIEWS)])
-    folder.samples.mkdir(exist_ok=True)
-    grid(images).save(folder.samples / f"step_{state.step:08d}.png")
+    with aside(folder.samples / f"step_{state.step:08d}.png") as partial:
+        grid(images).save(partial, "PNG")
 
 
 def screening_scorer(

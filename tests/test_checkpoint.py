@@ -84,3 +84,62 @@ def test_metrics_are_cut_where_a_run_goes_on_and_a_torn_line_is_dropped(tmp_path
     run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     run.trim_metrics(2)
     assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_going_back_rotates_only_what_is_older(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (2, 4, 6, 3):
+        write(run, step, keep=2)
+    assert [read(path)[1]["step"] for path in folders(run.checkpoints)] == [6, 4, 3]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "info.json", "model.safetensors", "optimizer.safetensors"])
+def test_any_bit_that_flips_is_found(name, tmp_path):
+    folder = write(RunFolder(tmp_path), 1)
+    data = (folder / name).read_bytes()
+    for i in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[i // 8] ^= 1 << i % 8
+        (folder / name).write_bytes(damaged)
+        if name == "manifest.json" and json_of(damaged) == json.loads(data):
+            continue  # a blank for a line's end
+        with pytest.raises(BadCheckpoint):
+            read(folder)
+
+
+def json_of(data: bytes):
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", "3", "null", '{"info.json": 3}', '["info.json"]'])
+def test_a_manifest_that_is_none_is_a_bad_checkpoint(manifest, tmp_path):
+    folder = write(RunFolder(tmp_path), 1)
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(BadCheckpoint, match="step_00000001"):
+        read(folder)
+
+
+def test_where_none_is_good_that_is_said_and_nothing_is_set_aside(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (1, 2):
+        damage(write(run, step), "truncated")
+    with pytest.raises(BadCheckpoint, match=r"step_00000002.*no other is good"):
+        run.newest_good()
+    assert len(folders(run.checkpoints)) == 2
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_what_a_crash_left_of_a_swap_is_undone_or_finished(renamed, tmp_path):
+    run = RunFolder(tmp_path)
+    newer = write(run, 1)
+    newer.rename(old := newer.with_name(f".{newer.name}.old"))
+    if renamed:
+        write(run, 1)
+    (tmp_path / ".pipeline.partial").mkdir()
+    (tmp_path / ".mine.old").mkdir()
+    run.mend()
+    assert run.newest_good() == newer and not old.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.old", "checkpoints"]

@@ -1,11 +1,12 @@
 """Checkpoints that are whole or absent: written aside, checksummed, renamed; reading executes nothing."""
 
-import hashlib
 import json
 import os
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +28,59 @@ class BadCheckpoint(UserError):
 def save(root: Path, step: int, tensors: Tensors, info: dict[str, Any], keep: int) -> Path:
     """Write `root/step_00010000` (`keep` newest stay) and return it. Other processes must wait.
 
-    info must be JSON; the step joins it. A crash at any moment leaves the older checkpoints as they were.
+    info must be JSON; the step joins it. A crash or UserError at any moment leaves the older checkpoints.
     """
     folder = root / f"step_{step:08d}"
-    partial = root / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for stem, named in tensors.items():
-        save_file(
-            {name: tensor.contiguous() for name, tensor in named.items()}, partial / f"{stem}.safetensors"
-        )
-    (partial / "info.json").write_text(json.dumps({"step": step, **info}))
-    digests = {path.name: digest(path.read_bytes()) for path in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
-    for path in partial.iterdir():
-        flush(path)
-    publish(partial, folder)
-    for old in folders(root)[keep:]:
-        shutil.rmtree(old)
+    with aside(folder) as partial:
+        partial.mkdir()
+        for stem, named in tensors.items():
+            whole = {name: tensor.contiguous() for name, tensor in named.items()}
+            save_file(whole, partial / f"{stem}.safetensors")
+        (partial / "info.json").write_text(json.dumps({"step": step, **info}))
+        digests = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
+    older = [path for path in folders(root) if path < folder]
+    for old in older[keep - 1 :]:
+        with suppress(OSError):  # on a network disk, read by others; hidden first: half of one is none
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
     return folder
 
 
 def export(pipeline: DiffusionPipeline, folder: Path, about: dict[str, Any]) -> None:
     """Write a pipeline in diffusers format, all or nothing; training.json says what it is."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    (partial / "training.json").write_text(json.dumps(about))
-    publish(partial, folder)
+    with aside(folder) as partial:
+        pipeline.save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps(about))
 
 
-def publish(partial: Path, folder: Path) -> None:
-    """Put a finished folder in its place by renames alone; a folder that stood there goes only afterwards."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def aside(place: Path) -> Iterator[Path]:
+    """A path for a new file or folder, which then takes its place by renames alone, or on an error goes."""
+    partial, old = (place.with_name(f".{place.name}.{what}") for what in ("partial", "old"))
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            yield partial
+            for path in [*partial.rglob("*"), partial]:
+                flush(path)
+            if place.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+                place.rename(old)
+            partial.replace(place)
+            flush(place.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # after an error: it would keep a full disk full
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """UserError where the disk is full, read-only or gone."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{place} can't be written ({error}); make room, or write elsewhere") from error
 
 
 def read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -73,15 +88,12 @@ def read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     try:
         digests = json.loads((folder / MANIFEST).read_bytes())
         content = {name: (folder / name).read_bytes() for name in digests}
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
-    for name, data in content.items():
-        if digest(data) != digests[name]:
-            raise BadCheckpoint(f"{folder}: {name} is not as it was written (checksum)")
-    try:
+        wrong = [name for name, data in content.items() if sha256(data).hexdigest() != digests[name]]
         info = json.loads(content.pop("info.json"))
-    except (KeyError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise BadCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
+    if wrong:
+        raise BadCheckpoint(f"{folder}: {', '.join(wrong)}: not as written (checksum)")
     try:
         return {Path(name).stem: load(data) for name, data in content.items()}, info
     except SafetensorError as error:  # though its checksum is right: made by somebody
@@ -90,28 +102,14 @@ def read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
 
 def folders(root: Path) -> list[Path]:
     """The checkpoints under root, newest first, good or not."""
-    found = [path for path in root.glob("step_*") if path.is_dir()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename a bad checkpoint so that it is out of the way but not lost."""
-    target = folder.with_name(f"bad_{folder.name}")
-    shutil.rmtree(target, ignore_errors=True)
-    return folder.rename(target)
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return sorted(root.glob("step_*"), reverse=True)
 
 
 def flush(path: Path) -> None:
     """Have the operating system put a file or a folder's entries on disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 class RunFolder:
@@ -125,14 +123,36 @@ class RunFolder:
         self.posthoc, self.report = root / "posthoc", root / "report.html"
 
     def newest_good(self) -> Path | None:
-        """The newest checkpoint that reads as written; bad ones are named on stderr and set aside."""
+        """The newest checkpoint that reads as written, or None; newer, bad ones are named and set aside.
+
+        BadCheckpoint, and nothing touched, where there are checkpoints of which none is good.
+        """
+        bad = []
         for folder in folders(self.checkpoints):
             try:
                 read(folder)
-                return folder
             except BadCheckpoint as error:
-                print(f"warning: {error}; set aside as {set_aside(folder)}", file=sys.stderr)
+                bad.append((folder, error))
+                continue
+            for other, why in bad:
+                target = other.with_name(f"bad_{other.name}")
+                print(f"warning: {why}; passed over, to be {target.name} from now on", file=sys.stderr)
+                shutil.rmtree(target, ignore_errors=True)
+                with suppress(OSError):  # a read-only disk
+                    other.rename(target)
+            return folder
+        if bad:
+            raise BadCheckpoint(f"{bad[0][1]}, and no other is good; to start anew name another output_dir")
         return None
+
+    def mend(self) -> None:
+        """Undo or clear away what a crash left half done. Nobody else may be writing in the folder."""
+        for left in [*self.root.glob(".pipeline.*"), *self.checkpoints.glob(".step_*")]:
+            place = left.with_name(left.stem[1:])
+            if left.suffix == ".old" and not place.exists():
+                left.rename(place)  # the crash came between the two renames
+            else:
+                shutil.rmtree(left, ignore_errors=True)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one torn by a crash is left out."""
@@ -145,6 +165,5 @@ class RunFolder:
     def trim_metrics(self, step: int) -> None:
         """Drop what was logged after `step`, so that going on from there doubles no line."""
         lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(lines))
-        partial.replace(self.metrics)
+        with aside(self.metrics) as partial:
+            partial.write_text("".join(lines))

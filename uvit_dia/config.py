@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from uvit_dia.attention_units import UNITS
+from uvit_dia.checkpoint import aside
 from uvit_dia.data import DataConfig
 from uvit_dia.diffusion import DiffusionConfig
 from uvit_dia.errors import ConfigError, UserError, nearest, one_of
@@ -170,14 +171,15 @@ Dumper.add_implicit_resolver(
 def save(config: Config, path: Path, header: dict[str, str]) -> None:
     """Write the resolved config, which `--config` reads again; the header (versions, commit) is comments."""
     lines = [f"# {key}: {value}\n" for key, value in header.items()]
-    path.write_text("".join(lines) + yaml.dump(plain(asdict(config)), Dumper=Dumper, sort_keys=False))
+    with aside(path) as partial:
+        partial.write_text("".join(lines) + yaml.dump(plain(asdict(config)), Dumper=Dumper, sort_keys=False))
 
 
-def load(path: Path) -> Config:
-    """The Config that `save` wrote; UserError where there is none."""
+def load(path: Path, parser: Parser | None = None) -> Config:
+    """The Config that `save` wrote, by a parser at hand, to save time; UserError where there is none."""
     if not path.is_file():
         raise UserError(f"{path.parent}: no run, as it has no {path.name}")
-    parser = run_parser("")
+    parser = parser or run_parser("")
     return to_config(parser, parser.parse_args(["--config", str(path)]))
 
 

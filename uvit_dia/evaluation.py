@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from jinja2 import Environment, PackageLoader
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -66,10 +66,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.extractor not in (INCEPTION, LITE0):
             raise ConfigError("evaluate.extractor", self.extractor, f"{INCEPTION} or {LITE0}")
-        least = dict(
-            num_images=NUM_SPLITS, num_seeds=1, every=0, batch_size=1, kid_subsets=1, kid_subset_size=2
-        )
-        check_least("evaluate", self, **least, seed=0)
+        least = dict(num_images=NUM_SPLITS, kid_subset_size=2, every=0, seed=0)
+        check_least("evaluate", self, **least, num_seeds=1, batch_size=1, kid_subsets=1)
         self.check_subsets(self.num_images, "of the generated set")
         if self.every:
             self.check_subsets(self.screen_images, "of evaluate.screen_images")
@@ -164,36 +162,32 @@ def load_extractor(config: EvaluateConfig, device: Device) -> nn.Module:
     return extractor.to(device)
 
 
-def rebatched(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """The same images in the same order in batches of `size`; the last may be smaller."""
-    stream = chain.from_iterable([images] if isinstance(images, Tensor) else images)  # of (C, H, W)
-    while batch := list(islice(stream, size)):
-        yield torch.stack(batch)
-
-
 def extract(
-    extractor: nn.Module, images: Iterable[Tensor], batch_size: int, device: Device, progress: int = 0
+    extractor: nn.Module, batches: Iterable[Batch], batch_size: int, accelerator: Accelerator, count: int = 0
 ) -> Features:
-    """Features of uint8 images (b, 1 or 3, H, W), one tensor or batches; `progress`: how many, to show it."""
-    parts = [(torch.empty(0), torch.empty(0))]  # of which torch.cat makes nothing
-    with tqdm(total=progress, desc="features", unit="image", disable=not progress) as bar:
-        for batch in rebatched(images, batch_size):
-            if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] not in (1, 3):
-                raise ValueError(f"not uint8 images (b, 1 or 3, H, W): {batch.dtype} {tuple(batch.shape)}")
-            with torch.inference_mode():
-                parts.append([x.float().cpu() for x in extractor(batch.to(device).expand(-1, 3, -1, -1))])
-            bar.update(len(batch))
-    return Features(*map(torch.cat, zip(*parts, strict=True)))
+    """Features of all processes' images, in the order of their indices; a collective call.
 
-
-def gather(local: Features, indices: Tensor) -> Features:
-    """All processes' Features, whose rows are the images `indices` (n,), in order; a collective call."""
-    pieces = gather_object([(indices.cpu(), local)])  # as objects: NCCL moves no CPU tensors
-    order = torch.cat([where for where, _ in pieces])  # (all,)
-    if not torch.equal(order.sort().values, torch.arange(len(order))):
-        raise ValueError(f"the indices of {len(order)} gathered images have gaps or doubles")
-    features, logits = (torch.cat([getattr(x, name) for _, x in pieces]) for name in ("features", "logits"))
-    return Features(features, logits)[order.argsort()]
+    `count`: how many images in all, to show progress. ValueError for what is not uint8, or indices with gaps.
+    """
+    parts = [
+        (torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0))
+    ]  # for a process without images
+    expected = count // accelerator.num_processes if accelerator.is_main_process else 0
+    with tqdm(total=expected, desc="features", unit="image", disable=not expected) as bar:
+        for indices, images in batches:
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+                raise ValueError(f"not uint8 images (b, 1 or 3, H, W): {images.dtype} {tuple(images.shape)}")
+            for where, part in zip(indices.split(batch_size), images.split(batch_size), strict=True):
+                with torch.inference_mode():
+                    seen = extractor(part.to(accelerator.device).expand(-1, 3, -1, -1))
+                parts.append((where, *(x.float().cpu() for x in seen)))
+                bar.update(len(part))
+    local = [torch.cat(x) for x in zip(*parts, strict=True)]
+    pieces = gather_object([local])  # as objects: NCCL moves no CPU tensors
+    indices, features, logits = (torch.cat(x) for x in zip(*pieces, strict=True))
+    if not torch.equal(indices.sort().values, torch.arange(len(indices))):
+        raise ValueError(f"the indices of {len(indices)} gathered images have gaps or doubles")
+    return Features(features, logits)[indices.argsort()]
 
 
 def score(generated: Features, reference: Features, config: EvaluateConfig, device: Device = "cpu") -> Facts:
@@ -208,13 +202,15 @@ def score(generated: Features, reference: Features, config: EvaluateConfig, devi
         raise UserError(f"{counts} are too few to score: both sides need {NUM_SPLITS} or more")
     if not all(x.isfinite().all() for x in (*sides, generated.logits)):
         raise UserError(f"{config.extractor} gave features that are not finite; check its weights file")
-    frechet = fid_statistics_to_metric(*map(fid_features_to_statistics, sides), verbose=False)
+    with threadpool_limits(1):  # the eigenvalues take three times as long on two threads
+        frechet = fid_statistics_to_metric(*map(fid_features_to_statistics, sides), verbose=False)
     size = min(config.kid_subset_size, *map(len, sides))
-    options = dict(kid_subsets=config.kid_subsets, kid_subset_size=size, rng_seed=config.seed, verbose=False)
-    kernel = kid_features_to_metric(*sides, **options)
+    options = dict(kid_subsets=config.kid_subsets, kid_subset_size=size, rng_seed=config.seed)
     # in parts: 2,500 rows of distances to 50,000 images are 0.5 GB, the whole matrix is 10 GB
-    options = dict(save_cpu_ram=True, prc_batch_size=2_500, verbose=False)
-    neighbours = prc_features_to_metric(*(x.to(device) for x in sides), **options)
+    options |= dict(save_cpu_ram=True, prc_batch_size=2_500, verbose=False)
+    with threadpool_limits(os.cpu_count()):  # of these launchers leave a process one
+        kernel = kid_features_to_metric(*sides, **options)
+        neighbours = prc_features_to_metric(*(x.to(device) for x in sides), **options)
     return {
         "fid" if config.extractor == INCEPTION else "frechet_distance": frechet["frechet_inception_distance"],
         **{key.replace("kernel_inception", "kernel"): value for key, value in kernel.items()},
@@ -227,14 +223,10 @@ def score_anchor(
     held_out: Features, reference: Features, config: EvaluateConfig, device: Device = "cpu"
 ) -> Facts:
     """What held-out real images score: comparable only at equal counts, so of more only some are drawn."""
-    count = config.num_images
-    n = min(len(held_out), count)
+    n = min(len(held_out), config.num_images)
     drawn = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(config.seed))[:n]
-    reason = f"{n:,} held-out images stand against {count:,} generated ones"
-    if n < count:
-        reason += ", and the Frechet distance grows as the count falls; only the kernel distance compares"
     metrics = score(held_out[drawn], reference, config, device)
-    return {"metrics": metrics, "num_images": n, "comparable": n == count, "reason": reason}
+    return {"metrics": metrics, "num_images": n, "comparable": n == config.num_images}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -291,12 +283,7 @@ class Scorer:
                 self.anchor = score_anchor(real, self.reference, config, device)
 
     def features(self, batches: Iterable[Batch], count: int) -> Features:
-        """Of all processes' batches, in the order of their indices; `count` in all, to show progress."""
-        indices = [torch.empty(0, dtype=torch.long)]
-        images = (indices.append(where) or batch for where, batch in batches)
-        progress = count // self.accelerator.num_processes if self.accelerator.is_main_process else 0
-        local = extract(self.extractor, images, self.config.batch_size, self.accelerator.device, progress)
-        return gather(local, torch.cat(indices))
+        return extract(self.extractor, batches, self.config.batch_size, self.accelerator, count)
 
     def share(self, images: ImageSet) -> Iterator[Batch]:
         """What this process reads of a set."""
@@ -324,7 +311,7 @@ class Scorer:
                 write_atomically(path, hashlib.sha256(content).digest() + content)
             except OSError as error:
                 raise ConfigError(
-                    "evaluate.cache_dir", config.cache_dir, f"room to write: {error}"
+                    "evaluate.cache_dir", config.cache_dir, f"room to write ({error})"
                 ) from error
         return features, about
 
@@ -382,7 +369,8 @@ def make_card(
     if provenance.get("screening"):
         notes += ["A screening score, to watch a run by: too few images to be quoted."]
     if anchor and not anchor["comparable"]:
-        notes += [f"The anchor is not comparable: {anchor['reason']}."]
+        counts = f"{anchor['num_images']:,} held-out images against {config.num_images:,} generated ones"
+        notes += [f"The anchor is not comparable, {counts}: the Frechet distance falls as counts grow."]
     values = {key: [score[key] for score in seeds] for key in seeds[0] if key != "seed"}
     return {
         "headline": "kernel_distance_mean" if fewest < 10_000 else frechet,

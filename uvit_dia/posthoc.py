@@ -1,7 +1,7 @@
 """EMA after the fact: averages of any width from snapshots of two (Karras et al. 2024, arXiv 2312.02696)."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +12,9 @@ from uvit_dia.checkpoint import Tensors, folders, read
 from uvit_dia.errors import UserError
 
 
-def averages(model: nn.Module, sigma_rels: Sequence[float], copied: Collection[str]) -> list[KarrasEMA]:
+def averages(model: nn.Module, sigma_rels: Sequence[float], copied: set[str]) -> list[KarrasEMA]:
     """One average a relative width, to be updated after every step; the tensors `copied` are not averaged."""
-    options = dict(update_every=1, param_or_buffer_names_no_ema=set(copied))
-    return [KarrasEMA(model, sigma_rel=width, **options) for width in sigma_rels]
+    return [KarrasEMA(model, x, update_every=1, param_or_buffer_names_no_ema=copied) for x in sigma_rels]
 
 
 def snapshot(kept: Sequence[KarrasEMA]) -> Tensors:
@@ -31,7 +30,7 @@ def synthesize(root: Path, step: int, widths: Sequence[float] = ()) -> dict[floa
     """
     known = {folder: json.loads((folder / "info.json").read_text()) for folder in folders(root)}
     known = {folder: info for folder, info in known.items() if info["step"] <= step}
-    if step not in (info["step"] for info in known.values()):
+    if step not in [info["step"] for info in known.values()]:
         raise UserError(f"{root}: no snapshot of step {step}; train with --train.posthoc_ema '[0.05, 0.28]'")
     kept = next(iter(known.values()))["posthoc_ema"]
     low, high = min(kept), max(kept)

@@ -53,9 +53,7 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
     folders = (RunFolder(source).pipeline, Path(source))
     found = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
     if found is None and Path(source).exists():
-        raise UserError(
-            f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline's folder"
-        )
+        raise UserError(f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline")
     logging.disable_progress_bar()  # of two small files
     try:
         pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)

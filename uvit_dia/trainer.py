@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import DDPMScheduler
 from ema_pytorch import EMA
 from ema_pytorch.post_hoc_ema import KarrasEMA
@@ -207,9 +208,9 @@ def make_accelerator(
     accelerator = Accelerator(
         cpu=cpu,  # said, or two CPU processes would be two runs
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with=trackers or None,
+        log_with=trackers or None,  # accelerate warns of an empty list
         project_dir=project_dir,
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     if accelerator.device.type == "cpu":  # the launcher's default is one thread a process
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -442,6 +443,7 @@ def agree(state: TrainState) -> tuple[int, bool]:
 def summary(state: TrainState) -> dict[str, float]:
     """Mean loss and gradient norm of the steps since the last summary, which fit has read; counts spikes."""
     losses, norms = zip(*state.interval, strict=True)
+    norms = [norm for norm in norms if math.isfinite(norm)]  # fp16 skips the steps that overflow
     state.interval.clear()
     for loss in losses:
         state.spikes.add(loss)
@@ -449,7 +451,7 @@ def summary(state: TrainState) -> dict[str, float]:
         "step": state.step,
         "images": state.step * state.config.batch_size,
         "loss": sum(losses) / len(losses),
-        "grad_norm": sum(norms) / len(norms),
+        "grad_norm": sum(norms) / max(1, len(norms)),
         "lr": learning_rate(state.config, state.step - 1),
         "spikes": state.spikes.count,
     }
@@ -458,7 +460,7 @@ def summary(state: TrainState) -> dict[str, float]:
 def explain(state: TrainState, batches: Batches, step: int) -> str:
     """Replay a bad step, whose weights the mask has kept, and name where the first bad number arose."""
     batch = next(batches.from_step(step))
-    where = "another process's share of the batch"
+    where = "numbers that a replay does not show, as those of another process's share of the batch"
     if not torch.isfinite(batch.images).all():
         where = "the images"
     elif bad := [name for name, p in state.model.named_parameters() if not torch.isfinite(p).all()]:

@@ -1,0 +1,81 @@
+"""Stopping and going on changes nothing: not a bit on one device, rounding on another number of processes."""
+
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+from test_trainer import assert_same, make
+
+from uvit_dia import checkpoint
+from uvit_dia.attention_units import UNITS
+from uvit_dia.trainer import fit, summary
+
+STREAMED = {"in_memory_gib": 0.0, "num_workers": 1}
+ALL_AT_ONCE = {"num_accumulation_steps": 2, "precision": "bf16", "data": STREAMED, "max_grad_norm": 0.5}
+UNIT_CASES = {kind: {"model": {"unit": {"kind": kind}}} for kind in UNITS if kind != "dia_lstm"}
+CASES = UNIT_CASES | {
+    "stacked, a unit a stage": {"model": {"unit": {"kind": "dia_lstm", "sharing": "stage", "num_cells": 2}}},
+    "a unit a block": {"model": {"unit": {"kind": "dia_lstm_light", "sharing": "none"}}},
+    "BatchNorm and all at once": {"model": {"unit": {"kind": "cbam"}}} | ALL_AT_ONCE,
+    "recomputed": {"gradient_checkpointing": True, "model": {"unit": {"kind": "dia_lstm"}}},
+}
+ON_A_GPU = {
+    "fp32": {"deterministic": True, "model": {"unit": {"kind": "dia_lstm"}}},
+    "compiled": {"deterministic": True, "compile": True, "model": {"unit": {"kind": "dia_lstm"}}},
+    "BatchNorm and all at once": {"deterministic": True, "model": {"unit": {"kind": "cbam"}}} | ALL_AT_ONCE,
+}
+
+
+def train(stops: list[int], root: Path, settings: dict) -> tuple:
+    """A run of 8 steps that is stopped at some, saved, and gone on with in a new state; and its metrics."""
+    lines, state = [], None
+    for stop in [*stops, 8]:
+        saved = state and checkpoint.save(root, state.step, state.tensors(), state.info(), keep=1)
+        state, batches = make(checkpoint_every=1, **settings)
+        if saved:
+            state.load(*checkpoint.read(saved))
+        for record in fit(state, batches):
+            if record.step % 3 == 0 or record.step == 8:
+                lines.append(summary(state))
+            if record.step == stop:
+                break
+    return state, lines
+
+
+def assert_stopping_changes_nothing(root: Path, settings: dict) -> None:
+    whole, expected = train([], root, settings)
+    parts, lines = train([1, 5], root, settings)  # within warm-up, and between two lines of the metrics
+    assert lines == expected and len(lines) == 3
+    assert_same(whole, parts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopping_twice_changes_no_bit_of_weights_averages_moments_and_metrics(case, tmp_path):
+    assert_stopping_changes_nothing(tmp_path, CASES[case])
+
+
+@pytest.mark.slow
+def test_compiled_code_too(tmp_path):
+    assert_stopping_changes_nothing(tmp_path, {"compile": True, "model": {"unit": {"kind": "dia_lstm"}}})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_on_a_gpu_too_where_it_is_asked_to_be_deterministic(case, tmp_path):
+    try:
+        assert_stopping_changes_nothing(tmp_path, ON_A_GPU[case])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("processes", [(1, 2, 1), (2, 1, 2)])
+def test_going_on_with_another_number_of_processes_sees_the_same_data_and_noise(processes, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert harness.run(whole, "--train.num_steps", 12) == 0
+    for i, number in enumerate(processes, 1):
+        options = ["--train.num_steps", 4 * i, "--resume"]
+        started = harness.pair(folder, *options) if number == 2 else [harness.start(folder, *options)]
+        assert set(harness.ended(*started)) == {0}, harness.said(folder)
+    for ours, theirs in zip(harness.metrics(folder), harness.metrics(whole), strict=True):
+        assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
