@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from inspect import getsource, unwrap
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -78,7 +78,7 @@ class Parser(ArgumentParser):
     def __init__(self, description: str | None = None, **options: Any) -> None:
         super().__init__(description=description, allow_abbrev=False, **options)
 
-    def add_settings(self, settings: type, section: str | None = None) -> None:
+    def add_settings(self, settings: Any, section: str | None = None) -> None:
         """Options for a dataclass's fields or UViT's arguments, explained by the comments in the source."""
         source = settings if section != "model" else unwrap(settings.__init__)
         self.add_class_arguments(settings, section, instantiate=section != "model")
@@ -88,7 +88,7 @@ class Parser(ArgumentParser):
             if comment := comments.get(action.dest.removeprefix(prefix)):
                 action.help = comment.replace("%", "%%") if action.dest.startswith(prefix) else action.help
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self.one_line(message))
 
     def one_line(self, message: str) -> str:
