@@ -76,6 +76,7 @@ FILES = {
     "unit.yaml": "model: {unit: payload.Unit}\n",
     "dotted.yaml": "model.unit: payload.Unit\n",
     "import.yaml": "train: payload.Unit\n",
+    "axes.yaml": "axes: {model.unit: [{class_path: payload.Unit}]}\n",
     "include.yaml": "config: /etc/passwd\n",
     "payload.py": "import pathlib; pathlib.Path('{tmp}/ran').touch()\n",
     "file.txt": "text\n",
@@ -318,6 +319,7 @@ COMPARE = """
 --axis train.seed -> train.seed
 --axis train.seed=0,x -> train.seed
 --axis train.seed=0,1 --jobs 0 -> jobs: '0' will not do
+--config {tmp}/axes.yaml --output_dir {tmp}/out -> class_path: no such key
 --axis train.seed=0,1 --config {tmp}/nowhere.yaml -> can't be parsed as YAML
 """
 CASES = [

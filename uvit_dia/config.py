@@ -88,6 +88,11 @@ class Parser(ArgumentParser):
             if comment := comments.get(action.dest.removeprefix(prefix)):
                 action.help = comment.replace("%", "%%") if action.dest.startswith(prefix) else action.help
 
+    def parse_object(self, cfg_obj: Any, *args: Any, **options: Any) -> Any:
+        if "class_path" in all_keys(cfg_obj):  # an axis, which may stand in anyone's file
+            raise UserError("class_path: no such key")
+        return super().parse_object(cfg_obj, *args, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self.one_line(message))
 
