@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -129,7 +130,9 @@ def theirs(folders, inception_weights) -> dict[str, float]:
     command += ["--silent", "--no-cache", "--feature-extractor", ev.INCEPTION, "--kid-subset-size", "10"]
     command += ["--feature-extractor-weights-path", inception_weights]
     command += ["--input1", folders[0], "--input2", folders[1]]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -303,7 +306,7 @@ def test_settings_are_checked_by_name(setting):
 @pytest.fixture
 def compute(monkeypatch):
     """Extraction that gives made-up features and counts its calls."""
-    compute = mock.Mock(side_effect=lambda _, batches, *__: [*batches] and random_features(40, 0))
+    compute = mock.Mock(side_effect=lambda _, batches, **__: [*batches] and random_features(40, 0))
     monkeypatch.setattr(ev, "extract", compute)
     return compute
 
@@ -515,6 +518,18 @@ def test_all_checkpoints_and_several_widths_are_scored_into_tables_and_plots(run
             assert bool(row["frechet_distance_spread"]) == (name == "checkpoints")
         assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         assert f"| {axis[-1]} | " in stem.with_suffix(".md").read_text()
+
+
+def test_a_damaged_checkpoint_is_named_and_left_out_of_the_table(run, tmp_path, capsys):
+    folder = Path(shutil.copytree(run[0], tmp_path / "run"))
+    (folder / "checkpoints" / "step_00000004" / "ema.safetensors").write_bytes(b"torn")
+    script("evaluate", [folder, "--checkpoints", "--num_seeds", 1])
+    rows = list(csv.DictReader((folder / "evaluation" / "checkpoints.csv").open()))
+    assert [row["step"] for row in rows] == ["2", "6"]
+    assert "step_00000004: ema.safetensors is not as it was written" in capsys.readouterr().err
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint"):
+        script("evaluate", [folder, "--checkpoints"])
 
 
 def test_an_image_folder_that_cannot_be_scored_is_one_line(folders, tmp_path):
