@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -32,11 +33,11 @@ from uvit_dia.attention_units import UNITS, parameter_savings
 from uvit_dia.config import Config
 from uvit_dia.data import Batches, ImageSet, load_images, read_all
 from uvit_dia.diffusion import denoising_loss, make_scheduler
-from uvit_dia.errors import ConfigError, one_of, run
+from uvit_dia.errors import ConfigError, check_place, one_of, run
 from uvit_dia.evaluation import extract, load_extractor, versions
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.sampling import generate
-from uvit_dia.trainer import build, fit, make_accelerator
+from uvit_dia.trainer import build, check_divides, fit, make_accelerator
 from uvit_dia.uvit import Attention, UViT
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -53,19 +54,26 @@ def main() -> None:
         "--units", default="reference,none,dia_lstm,dia_lstm_light,se", help="kinds of unit, with commas"
     )
     parser.add_argument("--batch_sizes", help="images a step; default: the config's; on a GPU 32,128,512")
-    parser.add_argument("--num_timed", type=int, default=30, help="steps timed, three times; the best counts")
+    parser.add_argument(
+        "--num_timed", type=PositiveInt, default=30, help="steps timed, three times; the best counts"
+    )
     parser.add_argument("--json", help="also write all that was measured here")
     argv = sys.argv[1:]
     cuda = torch.cuda.is_available()
     default = SCRIPTS.parent / "configs" / ("cifar10_uvit.yaml" if cuda else "digits.yaml")
-    parsed = parser.parse_args(argv if "--config" in argv else ["--config", str(default), *argv])
+    named = any(arg.split("=")[0] == "--config" for arg in argv)
+    parsed = parser.parse_args(argv if named else ["--config", str(default), *argv])
     settings = config.to_config(parser, parsed)
     tasks = chosen("tasks", parsed.tasks, TASKS)
     units = chosen("units", parsed.units, ("reference", "none", *UNITS))
     own = "32,128,512" if cuda else str(settings.train.batch_size)
     sizes = [whole(size) for size in (parsed.batch_sizes or own).split(",")]
+    if parsed.json is not None:
+        check_place("--json", parsed.json, [".json"])
 
     accelerator = make_accelerator(settings.train.precision)
+    for size in sizes:
+        check_divides(replace(settings.train, batch_size=size), accelerator.num_processes)
     model = settings.model
     images = load_images(settings.data, "train", model["sample_size"], model["in_channels"])
     peak = measured_peak(accelerator) * accelerator.num_processes

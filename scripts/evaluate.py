@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from uvit_dia import checkpoint, config, posthoc
 from uvit_dia.checkpoint import BadCheckpoint, RunFolder
 from uvit_dia.data import DataConfig, load_images, test_images
-from uvit_dia.errors import UserError, run
+from uvit_dia.errors import UserError, check_place, run
 from uvit_dia.evaluation import (
     EvaluateConfig,
     Facts,
@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_settings(EvaluateConfig)
     parser.add_settings(SampleConfig, "sample")
     given = parser.parse_args(defaults=False).as_dict()
+    if given.get("card") is not None:
+        check_place("--card", given["card"], [".json"])
     folder = RunFolder(given.get("source") or "")
     known = config.load(folder.config) if given.get("source") and folder.config.is_file() else None
     check(given, known is not None)
@@ -68,6 +70,7 @@ def main() -> None:
         finish(card, Path(given["card"]) if given.get("card") else None)
     else:
         pipeline, about = load_pipeline(given["source"], accelerator.device)
+        pipeline.check(sample.guidance_scale, sample.steps, sample.class_label)
         data = DataConfig(dataset="folder", path=given["reference"]) if given.get("reference") else known.data
         size = (pipeline.unet.config.sample_size, pipeline.unet.config.in_channels)
         with accelerator.local_main_process_first():

@@ -29,7 +29,8 @@ def main() -> int:
         "--resume", nargs="?", const="newest", help="from the newest good checkpoint, or a path"
     )
     argv = sys.argv[1:]
-    parsed = parser.parse_args(argv if "--config" in argv else ["--config", str(DIGITS), *argv])
+    named = any(arg.split("=")[0] == "--config" for arg in argv)
+    parsed = parser.parse_args(argv if named else ["--config", str(DIGITS), *argv])
     settings = config.to_config(parser, parsed)
     folder = RunFolder(settings.output_dir)
     if parsed.resume is None and folder.config.exists():
@@ -48,6 +49,10 @@ def main() -> int:
         images, settings.data, wanted.batch_size, wanted.seed,
         accelerator.device, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
+    if wanted.preview_every:
+        sample = settings.sample
+        previewing = UViTPipeline(state.ema.ema_model, state.scheduler)
+        previewing.check(sample.guidance_scale, sample.steps, sample.class_label)
     resume(state, folder, parsed.resume)
     if accelerator.is_main_process:
         folder.root.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
@@ -77,8 +78,14 @@ def read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     for name, data in content.items():
         if digest(data) != digests[name]:
             raise BadCheckpoint(f"{folder}: {name} is not as it was written (checksum)")
-    info = json.loads(content.pop("info.json"))
-    return {Path(name).stem: load(data) for name, data in content.items()}, info
+    try:
+        info = json.loads(content.pop("info.json"))
+    except (KeyError, ValueError) as error:
+        raise BadCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
+    try:
+        return {Path(name).stem: load(data) for name, data in content.items()}, info
+    except SafetensorError as error:  # though its checksum is right: made by somebody
+        raise BadCheckpoint(f"{folder}: its tensors are no safetensors ({error})") from error
 
 
 def folders(root: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from uvit_dia.data import SUFFIXES, ImageSet, content_hash, read
+from uvit_dia.data import FORMATS, SUFFIXES, ImageSet, content_hash, read
 from uvit_dia.errors import ConfigError, UserError, check_least
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
@@ -256,7 +256,8 @@ class OneSize(ImageSet):
         images = []
         for path in self.rows[indices]:
             try:
-                images.append(pil_to_tensor(Image.open(path).convert("RGB")))  # (3, H, W) uint8
+                image = Image.open(path, formats=FORMATS).convert("RGB")
+                images.append(pil_to_tensor(image))  # (3, H, W) uint8
             except Exception as error:  # Pillow's decoders raise some ten types
                 raise UserError(f"{path} can't be decoded as an image ({error}); mend or remove it") from None
             _, height, width = images[-1].shape

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -17,7 +18,7 @@ from torchvision.utils import make_grid
 
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.diffusion import SAMPLERS, make_sampler
-from uvit_dia.errors import ConfigError, UserError, check_least, one_of
+from uvit_dia.errors import ConfigError, UserError, check_compiler, check_least, one_of
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream, torch_generator
 
@@ -53,15 +54,19 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
     found = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
     if found is None and Path(source).exists():
         raise UserError(f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline")
+    logging.disable_progress_bar()  # of two small files
     try:
         pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)
+        training = found / "training.json" if found else Path()
+        about = dict(json.loads(training.read_text())) if training.is_file() else {}
     except Exception as error:
         raise UserError(f"{source}: no run, pipeline or Hub id that can be loaded ({error})") from error
+    finally:
+        logging.enable_progress_bar()
     if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
         raise UserError(f"{source}: its weights are not those of its config; export it again")
-    about = found / "training.json" if found else None
     pipeline.unet.eval()
-    return pipeline.to(device), json.loads(about.read_text()) if about and about.is_file() else {}
+    return pipeline.to(device), about
 
 
 def generate(
@@ -89,9 +94,10 @@ def launch(
     """What `generate` yields, but images are there only after the event."""
     pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    if config.compile and pipeline.unet._compiled_call_impl is None:
-        pipeline.unet.compile(dynamic=False)
     device, one = pipeline.device, config.class_label
+    if config.compile and pipeline.unet._compiled_call_impl is None:
+        check_compiler("sample.compile", device.type)
+        pipeline.unet.compile(dynamic=False)
     dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
     for start in starts:
         indices = torch.arange(start, min(start + config.batch_size, config.num_images))

@@ -30,7 +30,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from uvit_dia.checkpoint import BadCheckpoint, Tensors
 from uvit_dia.data import Batch, Batches
 from uvit_dia.diffusion import DiffusionConfig, denoising_loss, make_scheduler
-from uvit_dia.errors import ConfigError, UserError, check_least
+from uvit_dia.errors import ConfigError, UserError, check_compiler, check_least
 from uvit_dia.posthoc import averages
 from uvit_dia.random_keys import Stream, torch_generator
 from uvit_dia.uvit import UViT
@@ -66,11 +66,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one = ("batch_size", "num_accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints")
         check_least(
-            "train", self, num_steps=0, seed=0, warmup_steps=0, preview_every=0, **dict.fromkeys(one, 1)
-        )
-        for name in ("ema_decay", "label_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}", getattr(self, name), "0 or more and less than 1")
+            "train", self, num_steps=0, seed=0, warmup_steps=0, preview_every=0, weight_decay=0,
+            **dict.fromkeys(one, 1),
+        )  # fmt: skip
+        for name in ("ema_decay", "label_drop", "betas"):
+            value = getattr(self, name)
+            if not all(0 <= x < 1 for x in (value if name == "betas" else [value])):
+                raise ConfigError(f"train.{name}", value, "0 or more and less than 1")
         widths = self.posthoc_ema
         if widths and not 0 < min(widths) < max(widths) < 0.288:  # 1 / sqrt(12) is that of a plain mean
             raise ConfigError("train.posthoc_ema", widths, "two from 0 to 0.288, e.g. [0.05, 0.28]")
@@ -205,7 +207,7 @@ def make_accelerator(
     accelerator = Accelerator(
         cpu=cpu,  # said, or two CPU processes would be two runs
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with=trackers,
+        log_with=trackers or None,
         project_dir=project_dir,
         kwargs_handlers=[ddp],
     )
@@ -231,6 +233,8 @@ def check_labels(num_labels: int | None, num_classes: int | None, null_label: in
     if num_labels > num_classes - (null_label is not None):
         room = "one row a label" + (" and one for null_label" if null_label is not None else "")
         raise ConfigError("model.num_classes", num_classes, f"{room}: the data has {num_labels} labels")
+    if null_label is not None and null_label < num_labels:
+        raise ConfigError("model.null_label", null_label, f"none of the data's labels, 0 to {num_labels - 1}")
 
 
 def build(
@@ -256,6 +260,7 @@ def build(
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.compile:
+        check_compiler("train.compile", accelerator.device.type)
         model.compile()
     device, alone = accelerator.device, accelerator.num_processes == 1
     graphed = config.compile and device.type == "cuda" and alone and not accelerator.scaler

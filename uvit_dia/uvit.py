@@ -26,7 +26,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from uvit_dia.attention_units import Grid, SharedUnit, State, TwoLinears, UnitConfig
-from uvit_dia.errors import ConfigError, UserError
+from uvit_dia.errors import ConfigError, UserError, check_least
 
 # (B,), dim -> (B, dim) in float32, [cos, sin] as in the official code
 timestep_embedding = partial(get_timestep_embedding, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -329,12 +329,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def check(c: FrozenDict) -> None:
     """ConfigError where UViT's arguments do not fit together."""
-    if c.patch_size < 1 or c.sample_size % c.patch_size:
+    least = dict(sample_size=1, patch_size=1, in_channels=1, embed_dim=2, depth=2, num_heads=1)
+    check_least("model", c, **least, mlp_ratio=1 / max(1, c.embed_dim))
+    if c.num_classes is not None:
+        check_least("model", c, num_classes=1)
+    if c.sample_size % c.patch_size:
         raise ConfigError("model.patch_size", c.patch_size, f"a divisor of model.sample_size={c.sample_size}")
-    if c.num_heads < 1 or c.embed_dim % c.num_heads or c.embed_dim % 2:
+    if c.embed_dim % c.num_heads or c.embed_dim % 2:
         fits = f"a divisor of model.embed_dim={c.embed_dim}, which must be even"
         raise ConfigError("model.num_heads", c.num_heads, fits)
-    if c.depth < 2 or c.depth % 2:
+    if c.depth % 2:
         raise ConfigError("model.depth", c.depth, "an even number, 2 or more: half in, half out")
     if c.null_label is not None and not 0 <= c.null_label < (c.num_classes or 0):
         raise ConfigError(
