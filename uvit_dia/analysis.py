@@ -252,8 +252,7 @@ def heat_maps(tables: dict[str, Tensor], rows: list, columns: list, width: int, 
     for axes, (title, table) in zip(panels, tables.items(), strict=True):
         figure.colorbar(axes.imshow(table, aspect="auto", **style), ax=axes)
         axes.set_xticks(range(len(columns)), columns, rotation=90)
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set_title(title)
+        axes.set(title=title, yticks=range(len(rows)), yticklabels=rows)
     return figure
 
 
