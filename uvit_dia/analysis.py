@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import seaborn as sns
 import torch
 from accelerate import Accelerator
 from einops import rearrange
@@ -250,9 +251,7 @@ def heat_maps(tables: dict[str, Tensor], rows: list, columns: list, width: int, 
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(height, width, squeeze=False).flat
     for axes, (title, table) in zip(panels, tables.items(), strict=True):
-        figure.colorbar(axes.imshow(table, aspect="auto", **style), ax=axes)
-        axes.set_xticks(range(len(columns)), columns, rotation=90)
-        axes.set(title=title, yticks=range(len(rows)), yticklabels=rows)
+        sns.heatmap(table, xticklabels=columns, yticklabels=rows, ax=axes, **style).set_title(title)
     return figure
 
 
