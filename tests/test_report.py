@@ -111,7 +111,8 @@ def test_a_paired_test_sees_a_steady_gain_that_the_spread_between_seeds_hides_fr
 def test_each_cell_is_tested_against_the_first_value_at_the_same_x_by_the_seeds_that_both_have():
     found = cells(
         ("none", "32", dict(a=1, b=2)), ("none", "128", dict(a=5, b=7, c=9)), ("dia", "32", dict(b=3, c=1)),
-        ("dia", "128", dict(c=8, a=5)), ("light", "32", dict(a=math.nan)), ("light", "128", dict(a=4, b=7, c=10)),
+        ("dia", "128", dict(c=8, a=5)), ("light", "32", dict(a=math.nan)),
+        ("light", "128", dict(a=4, b=7, c=10)),
     )  # fmt: skip
     tests = significance(found, "fid")
     assert [(test["key"], test["n"]) for test in tests] == [

@@ -63,9 +63,8 @@ class Run:
 def label(value: Any) -> str:
     """A value as people read it: none, 32, `dia_lstm gate_scale=4`."""
     if isinstance(value, dict):
-        return " ".join(
-            label(item) if key == "kind" else f"{key}={label(item)}" for key, item in value.items()
-        )
+        named = {"" if key == "kind" else f"{key}=": label(item) for key, item in value.items()}
+        return " ".join(key + text for key, text in named.items())
     return "none" if value is None else str(value)
 
 

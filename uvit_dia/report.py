@@ -83,20 +83,15 @@ def grid_context(root: Path) -> dict[str, Any]:
     (root / "figures").mkdir(exist_ok=True)
     metrics = [key for key in evaluation.LABELS if cards and key in cards[0]["metrics"]]
     metrics.sort(key=lambda key: key != cards[0]["headline"])
-    frame, axes = (
-        outcomes(runs),
-        [axis.split(".")[-1].replace("_", " ") for axis in runs[0].labels if axis != SEED],
-    )
+    frame = outcomes(runs)
     frame.to_csv(root / "report.csv")
+    axes = [axis.split(".")[-1].replace("_", " ") for axis in runs[0].labels if axis != SEED]
     columns = {"series": ", ".join(axes[:1] + axes[2:]) or "runs"} | ({"x": axes[1]} if axes[1:] else {})
     cells = dict(iter(frame.groupby(list(columns), sort=False)))
-    lines = pd.concat(
-        [
-            pd.DataFrame(run.folder.read_metrics()).assign(
-                run=run.name, **frame.loc[run.name, ["series", "x"]]
-            )
-            for run in runs
-        ]
+    lines = pd.DataFrame(
+        {"run": run.name, "series": frame.series[run.name], "x": frame.x[run.name]} | record
+        for run in runs
+        for record in run.folder.read_metrics()
     )
     names = list(frame["series"].unique())
     return {
@@ -108,7 +103,7 @@ def grid_context(root: Path) -> dict[str, Any]:
         "tests": {key: significance(cells, key) for key in metrics},
         "training": {
             x: save(root, f"curves {x}", curves(found, names, ("loss", "grad_norm")))
-            for x, found in lines.groupby("x", sort=False)
+            for x, found in (lines.groupby("x", sort=False) if len(lines) else ())
         },
         "previews": {
             run.name: shutil.copy(newest, root / "figures" / f"{run.name}.png").name
@@ -132,7 +127,7 @@ def outcomes(runs: Sequence[Run]) -> pd.DataFrame:
         row = {"run": run.name, "state": "scored" if card else run.last_words(), **run.labels}
         row |= {"seed": run.labels.get(SEED, ""), "x": "".join(labels[1:2])}
         row |= {"series": " ".join(labels[:1] + labels[2:]), "baseline": " ".join(first + labels[2:])}
-        row |= {"card": run.card_path.name, "broken": not card and "not finite" in row["state"]}
+        row |= {"card": run.card_path.name, "broken": int(not card and "not finite" in row["state"])}
         if records:
             row |= records[-1] | {"images_per_second": median(r["images_per_second"] for r in records)}
         rows.append(row | (card["metrics"] if card else {}))
@@ -198,9 +193,8 @@ def curves(lines: pd.DataFrame, names: Sequence[str], keys: Sequence[str]) -> Fi
     """Logged numbers over images, a colour a series: its mean over runs, and each run thin."""
     figure = Figure(figsize=(6, 1 + 2.6 * len(keys)), layout="constrained")
     for panel, key in zip(figure.subplots(len(keys), sharex=True), keys, strict=True):
-        look = dict(
-            data=lines, x="images", y=key, hue="series", hue_order=names, palette="colorblind", ax=panel
-        )
+        look = dict(data=lines, x="images", y=key, hue="series", hue_order=names, palette="colorblind")
+        look["ax"] = panel
         sns.lineplot(**look, units="run", estimator=None, lw=0.5, alpha=0.4, legend=False)
         sns.lineplot(**look, style="series", style_order=names, errorbar=None)
         panel.set(ylabel=key.replace("_", " "), yscale="linear" if key == "lr" else "log")
