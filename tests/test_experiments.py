@@ -225,3 +225,12 @@ def test_the_same_command_goes_on_and_a_run_that_fails_stops_no_other(stopped):
 def test_every_grid_on_file_can_be_planned(path):
     code, out, err = compare("--config", ROOT / "configs" / "digits.yaml", "--config", path, "--dry_run")
     assert code == 0 and " runs left" in out, err
+
+
+def test_help_explains_the_grid(capsys):
+    with pytest.raises(SystemExit) as done, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare.py", "--help"])
+        SCRIPT["main"]()
+    said = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0 and "KEY=VALUE,VALUE,... of any setting" in said and "--dry_run" in said
+    assert "images of one optimizer step" in said  # and every setting of a run

@@ -3,10 +3,8 @@
 import json
 import re
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -48,10 +46,10 @@ class Run:
     def card(self) -> dict[str, Any] | None:
         """The score after the last step, as the config asks for it; None before that."""
         wanted = self.config.evaluate
-        card = (
-            json.loads(self.card_path.read_text()) if self.is_trained() and self.card_path.is_file() else {}
-        )
-        found = card and (card["num_generated"], card["extractor"]["name"])
+        if not (self.is_trained() and self.card_path.is_file()):
+            return None
+        card = json.loads(self.card_path.read_text())
+        found = (card["num_generated"], card["extractor"]["name"])
         return card if found == (wanted.num_images, wanted.extractor) else None
 
     def last_words(self) -> str:
@@ -61,23 +59,12 @@ class Run:
         errors = re.findall(r"\w*error: .+", text, re.IGNORECASE)  # a progress bar may stand before it
         return [*text.splitlines()[-1:], *errors][-1]
 
-    @cached_property
-    def numbers(self) -> dict[str, float]:
-        """What it came to: its last metrics, and its scores. Its speed is the median, as starting is slow."""
-        card, records = self.card() or {"metrics": {}}, self.folder.read_metrics()
-        found = {"broken": int(not card["metrics"] and "not finite" in self.last_words())}
-        if records:
-            speed = median(record["images_per_second"] for record in records)
-            found |= records[-1] | {"images_per_second": speed}
-        return found | card["metrics"]
-
 
 def label(value: Any) -> str:
     """A value as people read it: none, 32, `dia_lstm gate_scale=4`."""
     if isinstance(value, dict):
-        return " ".join(
-            label(item) if key == "kind" else f"{key}={label(item)}" for key, item in value.items()
-        )
+        named = {"" if key == "kind" else f"{key}=": label(item) for key, item in value.items()}
+        return " ".join(key + text for key, text in named.items())
     return "none" if value is None else str(value)
 
 
