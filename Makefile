@@ -34,8 +34,12 @@ test: .venv/installed  ## run the tests
 torture: .venv/installed  ## the slow tests: kill -9 a run 120 times while it saves, train 20,000 steps, ...
 	$(RUN)/python -m pytest tests/faults -m slow --capture=no
 
-lint: .venv/installed  ## check style
+lint: .venv/installed  ## check style and types
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/mypy
 
-.PHONY: help setup demo compare test torture lint
+coverage: .venv/installed  ## run the tests and list the lines that none of them reaches
+	$(RUN)/python -m pytest --cov --cov-report=term-missing
+
+.PHONY: help setup demo compare test torture lint coverage

@@ -219,7 +219,7 @@ extra -> extra: no such key
 --resume {tmp}/nowhere -> {tmp}/nowhere: not a whole checkpoint
 --resume {tmp}/file.txt -> {tmp}/file.txt: not a whole checkpoint
 --resume {tmp}/nothing -> {tmp}/nothing: not a whole checkpoint
---resume {tmp}/bad_checkpoint/checkpoints/step_00000002 -> model.safetensors is not as it was written
+--resume {tmp}/bad_checkpoint/checkpoints/step_00000002 -> model.safetensors: not as written (checksum)
 --resume {tmp}/run/checkpoints/step_00000002 --model.depth 4 -> model.depth is 2 there and 4 here
 --output_dir {tmp}/run -> {tmp}/run holds a run; add --resume to go on, or name another
 --output_dir {tmp}/file.txt -> {tmp}/file.txt

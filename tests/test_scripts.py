@@ -204,57 +204,6 @@ def test_the_benchmark_sets_everything_beside_the_reference(tmp_path):
     assert drawn["task"] == "sample" and drawn["images_per_second"] > 0
 
 
-def parquet(path: Path) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"text": ["no image"]}), path)
-    return path
-
-
-BAD = {
-    "unknown key": ("train", ["--train.batchsize", 3], "did you mean 'train.batch_size'?"),
-    "wrong type": ("train", ["--train.batch_size", "x"], "train.batch_size"),
-    "does not divide": ("train", ["--train.num_accumulation_steps", 3], "train.batch_size: 8 will not do"),
-    "patch": ("train", ["--model.patch_size", 3], "model.patch_size: 3 will not do"),
-    "no data set": ("train", ["--data.dataset", "folder", "--data.path", "{tmp}/nowhere"], "data.path"),
-    "no column": ("train", ["--data.dataset", "hub", "--data.path", "{parquet}"], "data.image_column"),
-    "fp16 on a CPU": ("train", ["--train.precision", "fp16"], "precision: 'fp16' will not do"),
-    "no checkpoint": ("train", ["--resume", "{tmp}/nowhere"], "not a whole checkpoint"),
-    "another model": (
-        "train",
-        ["--resume", "{run}/checkpoints/step_00000020", "--model.depth", 4],
-        "model.depth",
-    ),
-    "run exists": ("train", ["--output_dir", "{run}"], "--resume"),
-    "no labels row": ("train", ["--model.num_classes", 3], "model.num_classes"),
-    "zero images": ("sample", ["{run}", "--num_images", 0, "--grid", "{tmp}/g.png"], "sample.num_images: 0"),
-    "nothing to write": ("sample", ["{run}"], "--grid"),
-    "no run": ("sample", ["{tmp}", "--grid", "{tmp}/g.png"], "neither a run"),
-    "zero to score": ("evaluate", ["{run}", "--num_images", 0], "evaluate.num_images: 0"),
-    "no weights": ("evaluate", ["{run}", "--extractor", "inception-v3-compat"], "efficientnet-lite0"),
-    "no reference": ("evaluate", ["{run}/pipeline"], "--reference"),
-    "no such unit": ("benchmark", ["--units", "dia"], "units: 'dia' will not do"),
-    "no batch": ("benchmark", ["--batch_sizes", "x"], "batch_sizes"),
-    "no run to report": ("report", ["{tmp}"], "config.yaml"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_exit_2_and_nothing_written(case, trained, tmp_path):
-    script, args, says = BAD[case]
-    places = {"tmp": tmp_path, "run": trained, "parquet": parquet(tmp_path / "p.parquet")}
-    args = [str(arg).format(**places) for arg in args]
-    if script == "train" and "--output_dir" not in args:
-        args += ["--output_dir", str(tmp_path / "out")]
-    before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
-    code, err = call(script, *(TINY if script in ("train", "benchmark") else []), *args)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and says in lines[0], err
-    assert not (tmp_path / "out").exists() and not (tmp_path / "g.png").exists()
-    assert before == sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
-
-
 @pytest.mark.parametrize("script", ["train", "sample", "evaluate", "report", "analyze", "benchmark"])
 def test_help_is_helpful(script, capsys):
     with pytest.raises(SystemExit) as done:

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from uvit_dia.attention_units import SharedUnit, State, UnitConfig
 from uvit_dia.errors import ConfigError
 
 # Opened and closed by a model's own hooks; threads and nested models each have their own.
-STATES: ContextVar[ChainMap[SharedUnit, State]] = ContextVar("states")
+STATES: ContextVar[ChainMap[nn.Module, State]] = ContextVar("states")
 
 
 def attach(
@@ -36,11 +36,12 @@ def attach(
     if not sites or any(getattr(site, "weight", None) is None for site in sites):
         raise ConfigError("pattern", pattern, "names of modules with a weight, e.g. blocks.*.norm2")
     units = nn.ModuleList()
-    for width, stage in groupby(sites, key=lambda site: site.weight.shape[0]):
-        stage = list(stage)
-        units.append(SharedUnit(UnitConfig.of(config), width, ["stage"] * len(stage), num_extra))
+    unit_config = cast(UnitConfig, UnitConfig.of(config))
+    for width, group in groupby(sites, key=lambda site: site.weight.shape[0]):
+        stage = list(group)
+        units.append(shared := SharedUnit(unit_config, width, ["stage"] * len(stage), num_extra))
         for block, site in enumerate(stage):
-            site.register_forward_hook(partial(recalibrate, units[-1], block))
+            site.register_forward_hook(partial(recalibrate, shared, block))
     model.shared_units = units.to(sites[0].weight).train(model.training)
     model.register_forward_pre_hook(partial(begin, units))
     model.register_forward_hook(end, always_call=True)

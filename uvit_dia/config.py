@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import getsource, unwrap
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -42,7 +42,7 @@ SECTIONS = {part.name: part.type for part in fields(Config) if is_dataclass(part
 class ConfigFile(ActionConfigFile):
     """`--config FILE`, which may come from anyone: what would have jsonargparse import or open is refused."""
 
-    def __call__(self, parser: Any, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
             content = yaml.safe_load(Path(values).read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -74,7 +74,7 @@ class Parser(ArgumentParser):
     def __init__(self, description: str | None = None, **options: Any) -> None:
         super().__init__(description=description, allow_abbrev=False, **options)
 
-    def add_settings(self, settings: type, section: str | None = None) -> None:
+    def add_settings(self, settings: Any, section: str | None = None) -> None:
         """Options for a dataclass's fields or UViT's arguments, explained by the comments in the source."""
         source = settings if section != "model" else unwrap(settings.__init__)
         self.add_class_arguments(settings, section, instantiate=section != "model")
@@ -84,7 +84,7 @@ class Parser(ArgumentParser):
             if comment := comments.get(action.dest.removeprefix(prefix)):
                 action.help = comment.replace("%", "%%") if action.dest.startswith(prefix) else action.help
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self.one_line(message))
 
     def one_line(self, message: str) -> str:
@@ -155,11 +155,20 @@ def to_config(parser: Parser, parsed: Namespace) -> Config:
     return Config(output_dir=parsed.output_dir or f"runs/{name}", model=model, **sections)
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes words such as 1e3 too, which are numbers to jsonargparse and none to PyYAML."""
+
+
+Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+.\d_]+[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def save(config: Config, path: Path, header: dict[str, str]) -> None:
     """Write the resolved config, which `--config` reads again; the header (versions, commit) is comments."""
     lines = [f"# {key}: {value}\n" for key, value in header.items()]
     with aside(path) as partial:
-        partial.write_text("".join(lines) + yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+        partial.write_text("".join(lines) + yaml.dump(plain(asdict(config)), Dumper=Dumper, sort_keys=False))
 
 
 def load(path: Path, parser: Parser | None = None) -> Config:

@@ -99,7 +99,7 @@ def load_images(config: DataConfig, split: str, sample_size: int, in_channels: i
     """Training or held-out images, which are decoded, and complained of, when they are read."""
     if in_channels not in (1, 3):
         raise ConfigError("model.in_channels", in_channels, "1 (grey) or 3 (RGB)")
-    chosen = config.train_split if split == "train" else config.test_split
+    chosen = getattr(config, f"{split}_split")
     name, rows, labels, num_labels = SOURCES[config.dataset](config, split, chosen)
     if len(rows) == 0:
         raise ConfigError("data.path", config.path, f"images, of which {name} has none")
@@ -147,7 +147,7 @@ def folder(config: DataConfig, split: str, chosen: str) -> Source:
 
     Splits are sub-folders too; where there is none for "train", the whole folder is the training set.
     """
-    root = Path(config.path).expanduser().absolute()
+    root = Path(str(config.path)).expanduser().absolute()
     if not root.is_dir():
         raise ConfigError("data.path", config.path, "a folder of images")
     name, has_splits = f"{root.name}/{split}", (root / config.train_split).is_dir()
@@ -168,7 +168,7 @@ def folder(config: DataConfig, split: str, chosen: str) -> Source:
 
 def hub(config: DataConfig, split: str, chosen: str) -> Source:
     """What Hugging Face's `datasets` loads: a name on the Hub, a folder, or one .parquet (split "train")."""
-    path = Path(config.path).expanduser()
+    path = Path(str(config.path)).expanduser()
     source = {"path": "parquet", "data_files": str(path)} if path.is_file() else {"path": str(path)}
     try:
         import datasets
@@ -212,7 +212,7 @@ def decode(row: np.ndarray | bytes | str | dict, sample_size: int, in_channels: 
     the centre square is resized (antialiased bicubic). Pillow refuses more than 178,956,970 pixels.
     """
     row = (row["bytes"] or row["path"]) if isinstance(row, dict) else row
-    file = BytesIO(row) if isinstance(row, bytes) else row
+    file: Any = BytesIO(row) if isinstance(row, bytes) else row
     opened = Image.fromarray(row) if isinstance(row, np.ndarray) else Image.open(file, formats=FORMATS)
     with opened as image:
         ImageOps.exif_transpose(image, in_place=True)
@@ -233,10 +233,11 @@ def decode(row: np.ndarray | bytes | str | dict, sample_size: int, in_channels: 
 
 def read(images: ImageSet, batches: Iterable[Sequence[int]], num_workers: int) -> Iterator[Tensor]:
     """The pixels of each batch of numbers, uint8 (b, C, H, W). Closing the iterator ends its workers."""
-    options: dict[str, Any] = {"worker_init_fn": ignore_interrupt, "generator": torch.Generator()}
-    options |= {"collate_fn": partial(decode_in_worker, images), "num_workers": num_workers}
+    numbers: Any = range(len(images))
+    options: Any = {"worker_init_fn": ignore_interrupt, "generator": torch.Generator()}
+    options |= {"batch_sampler": batches, "collate_fn": partial(decode_in_worker, images)}
     # no variable holds the iterator, since the traceback of an error keeps them, and so the workers, alive
-    for pixels in DataLoader(range(len(images)), batch_sampler=batches, **options):
+    for pixels in DataLoader(numbers, num_workers=num_workers, **options):
         if isinstance(pixels, UserError):
             raise pixels
         yield pixels
@@ -271,7 +272,7 @@ def content_hash(images: ImageSet) -> str:
     """SHA-256, in hex, of the count, shape and pixels: what a score card knows its reference set by."""
     digest = hashlib.sha256(repr((len(images), *images.shape)).encode())
     for chunk in read_all(images):
-        digest.update(chunk.numpy())
+        digest.update(chunk.numpy().data)
     return digest.hexdigest()
 
 
@@ -309,7 +310,6 @@ class Batches:
     world: int = 1
 
     def __post_init__(self) -> None:
-        self.device = torch.device(self.device)
         pixels = materialize(self.images, self.config.in_memory_gib)
         self.pixels = None if pixels is None else pixels.to(self.device)  # (n, C, H, W) uint8
         self.labels = torch.from_numpy(self.images.labels).to(self.device)  # (n,)
@@ -320,15 +320,15 @@ class Batches:
         if self.pixels is None:
             streamed = read(self.images, map(self.indices, count(step)), self.images.num_workers)
         for s in count(step):
-            flip = numpy_generator(self.seed, Stream.FLIPS, s).random(self.batch_size) < self.config.flip / 2
-            index, flip = self.to_device(self.indices(s)), self.to_device(flip[self.share])  # (b,)
+            coins = numpy_generator(self.seed, Stream.FLIPS, s).random(self.batch_size) < self.config.flip / 2
+            index, flip = self.to_device(self.indices(s)), self.to_device(coins[self.share])  # (b,)
             pixels = self.to_device(next(streamed)) if self.pixels is None else self.pixels[index]
             x = pixels.float().mul_(1 / 127.5).sub_(1)  # (b, C, H, W); devices round a division differently
             yield Batch(s, torch.where(flip[:, None, None, None], x.flip(-1), x), self.labels[index])
 
-    def indices(self, step: int) -> np.ndarray:
-        return order(self.seed, len(self.images), step * self.batch_size + self.share)  # (b,)
+    def indices(self, step: int) -> list[int]:
+        return order(self.seed, len(self.images), step * self.batch_size + self.share).tolist()  # b of them
 
-    def to_device(self, x: np.ndarray | Tensor) -> Tensor:
+    def to_device(self, x: list[int] | np.ndarray | Tensor) -> Tensor:
         x = torch.as_tensor(x)
-        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+        return (x.pin_memory() if self.labels.is_cuda else x).to(self.device, non_blocking=True)

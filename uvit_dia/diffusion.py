@@ -81,6 +81,8 @@ def target(scheduler: DDPMScheduler, x0: Tensor, eps: Tensor, t: Tensor) -> Tens
             return x0
         case "v_prediction":  # sqrt(a) eps - sqrt(1 - a) x0 (arXiv 2202.00512, appendix D)
             return scheduler.get_velocity(x0, eps, t)
+        case other:
+            raise ValueError(f"no prediction_type: {other!r}")
 
 
 def loss_weight(scheduler: DDPMScheduler, t: Tensor, gamma: float) -> Tensor:
@@ -94,6 +96,8 @@ def loss_weight(scheduler: DDPMScheduler, t: Tensor, gamma: float) -> Tensor:
             return capped
         case "v_prediction":
             return capped / (ratio + 1)
+        case other:
+            raise ValueError(f"no prediction_type: {other!r}")
 
 
 def denoising_loss(

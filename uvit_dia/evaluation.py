@@ -39,7 +39,8 @@ from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
 from uvit_dia.sampling import SampleConfig, generate
 
-Device, Facts = torch.device | str, dict[str, Any]  # Facts: what goes into JSON
+Device = torch.device | str
+Facts = dict[str, Any]  # what goes into JSON
 Batch = tuple[Tensor, Tensor]  # indices (b,) and their images, uint8 (b, 1 or 3, H, W)
 INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
 NUM_SPLITS = 10  # the Inception score is a mean over ten splits: with fewer images than that, one is empty

@@ -65,7 +65,7 @@ class UViTPipeline(DiffusionPipeline):
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float | None) -> Tensor:
         """The network's float32 prediction at x (B, C, H, W), guided where a scale is given."""
-        if guidance_scale is None:
+        if guidance_scale is None or labels is None:
             return self.unet(x, t, labels).sample.float()
         null = torch.full_like(labels, self.unet.config.null_label)
         both = self.unet(torch.cat([x, x]), t, torch.cat([labels, null])).sample.float()
