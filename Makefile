@@ -24,6 +24,10 @@ demo: .venv/installed  ## train on scikit-learn's digits, sample, score and repo
 	@echo "Look at:"
 	@ls -1 $(DEMO)/report.html $(DEMO)/samples/grid.png $(DEMO)/evaluation/*.md
 
+compare: .venv/installed  ## a grid of 2 units, 2 batch sizes and 3 seeds on the digits, and its report: half an hour at most
+	$(RUN)/python scripts/compare.py --config configs/digits.yaml --config configs/grids/digits.yaml
+	@echo "Look at: runs/compare_digits/report.html"
+
 test: .venv/installed  ## run the tests
 	$(RUN)/python -m pytest
 
@@ -34,4 +38,4 @@ lint: .venv/installed  ## check style
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 
-.PHONY: help setup demo test torture lint
+.PHONY: help setup demo compare test torture lint

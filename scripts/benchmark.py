@@ -1,70 +1,104 @@
-"""Measure what a unit costs: python scripts/benchmark.py [--units none,dia_lstm] [--batch_sizes 32,128]."""
+"""Measure speed: python scripts/benchmark.py [--config FILE] [--units none,dia_lstm] [--batch_sizes 32,128].
 
+Training goes through `fit`, as in a run. `reference` is the plain recipe that the official U-ViT code runs,
+measured beside it on the same machine: only ratios carry over to others.
+"""
+
+import copy
 import json
+import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from einops import rearrange
+from jsonargparse.typing import PositiveInt
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from uvit_dia import config
-from uvit_dia.attention_units import parameter_savings
-from uvit_dia.data import Batches, load_images
-from uvit_dia.errors import ConfigError, run
-from uvit_dia.evaluation import versions
-from uvit_dia.trainer import TrainState, build, fit, make_accelerator
+from uvit_dia.attention_units import UNITS, parameter_savings
+from uvit_dia.config import Config
+from uvit_dia.data import Batches, ImageSet, load_images, read_all
+from uvit_dia.diffusion import denoising_loss, make_scheduler
+from uvit_dia.errors import ConfigError, check_place, one_of, run
+from uvit_dia.evaluation import extract, load_extractor, versions
+from uvit_dia.pipeline import UViTPipeline
+from uvit_dia.sampling import generate
+from uvit_dia.trainer import build, check_divides, fit, make_accelerator
+from uvit_dia.uvit import Attention, UViT
 
-UNITS = "none,dia_lstm,dia_lstm_light,se,eca,cbam,srm,spa,sem,spem"
+SCRIPTS = Path(__file__).resolve().parent
+TASKS = ("train", "sample", "score", "start")
+SHOWN = """task unit batch_size num_gpus images_per_second ms_per_step ratio_to_reference ratio_to_none mfu
+peak_memory_gib seconds""".split()
+Row = dict[str, Any]
 
 
 def main() -> None:
     parser = config.run_parser(__doc__)
+    parser.add_argument("--tasks", default="train,sample,score", help=f"of {', '.join(TASKS)}, with commas")
     parser.add_argument(
-        "--units", default=UNITS, help="kinds of unit, with commas; each with its own defaults"
+        "--units", default="reference,none,dia_lstm,dia_lstm_light,se", help="kinds of unit, with commas"
     )
-    parser.add_argument("--batch_sizes", default="128", help="images a step, with commas")
-    parser.add_argument("--num_timed", type=int, default=30, help="steps timed, three times; the best counts")
-    parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--batch_sizes", help="images a step; default: the config's; on a GPU 32,128,512")
+    parser.add_argument(
+        "--num_timed", type=PositiveInt, default=30, help="steps timed, three times; the best counts"
+    )
+    parser.add_argument("--json", help="also write all that was measured here")
     argv = sys.argv[1:]
-    digits = Path(__file__).resolve().parents[1] / "configs" / "digits.yaml"
-    parsed = parser.parse_args(argv if "--config" in argv else ["--config", str(digits), *argv])
+    cuda = torch.cuda.is_available()
+    default = SCRIPTS.parent / "configs" / ("cifar10_uvit.yaml" if cuda else "digits.yaml")
+    named = any(arg.split("=")[0] == "--config" for arg in argv)
+    parsed = parser.parse_args(argv if named else ["--config", str(default), *argv])
     settings = config.to_config(parser, parsed)
+    tasks = chosen("tasks", parsed.tasks, TASKS)
+    units = chosen("units", parsed.units, ("reference", "none", *UNITS))
+    own = "32,128,512" if cuda else str(settings.train.batch_size)
+    sizes = [whole(size) for size in (parsed.batch_sizes or own).split(",")]
+    if parsed.json is not None:
+        check_place("--json", parsed.json, [".json"])
+
     accelerator = make_accelerator(settings.train.precision)
+    for size in sizes:
+        check_divides(replace(settings.train, batch_size=size), accelerator.num_processes)
     model = settings.model
     images = load_images(settings.data, "train", model["sample_size"], model["in_channels"])
-    sizes = [whole(size) for size in parsed.batch_sizes.split(",")]
-    rows: list[dict[str, Any]] = []
-    for size in sizes:
-        for kind in tqdm(parsed.units.split(","), desc=f"batch {size}", unit="unit"):
-            unit = None if kind == "none" else {"kind": kind}
-            train = replace(settings.train, batch_size=size, num_steps=10**9)
-            torch.compiler.reset()
-            state = build(train, settings.diffusion, model | {"unit": unit}, accelerator)
-            batches = Batches(images, settings.data, size, train.seed, accelerator.device)
-            shared, unshared = parameter_savings(state.model.shared_unit) if unit else (0, 0)
-            cost = {"unit": kind, "batch_size": size, "unit_parameters": shared, "unshared": unshared}
-            rows.append(cost | measure(state, batches, parsed.num_timed))
-            base = next(row for row in rows if row["batch_size"] == size)
-            for key in ("ms_per_step", "ms_inference", "activations_mib", "peak_memory_gib"):
-                rows[-1][f"{key}_to_{base['unit']}"] = (
-                    round(rows[-1][key] / base[key], 3) if base[key] else None
-                )
-    device = accelerator.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    result = {"hardware": hardware, "versions": versions(), "command": " ".join(sys.argv), "rows": rows}
-    if parsed.json:
-        Path(parsed.json).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{hardware}; torch {torch.__version__}")
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row.get(name, "")) for name in names) + " |")
+    peak = measured_peak(accelerator) * accelerator.num_processes
+    cases = [("train", unit, size) for size in sizes for unit in units if "train" in tasks]
+    cases += [("sample", unit, settings.sample.batch_size) for unit in units if "sample" in tasks]
+    cases += [(task, "none", settings.evaluate.batch_size) for task in ("score", "start") if task in tasks]
+    rows: list[Row] = []
+    for task, unit, size in tqdm(cases, unit="case", disable=not accelerator.is_main_process):
+        if unit == "reference" and (task == "sample" or accelerator.num_processes > 1):
+            continue
+        torch.compiler.reset()
+        about = {"task": task, "unit": unit, "batch_size": size, "num_gpus": accelerator.num_processes}
+        rows += [
+            about | row for row in MEASURES[task](settings, unit, size, images, accelerator, parsed.num_timed)
+        ]
+    if accelerator.is_main_process:
+        report(rows, peak, accelerator, parsed.json)
+    accelerator.end_training()
+
+
+def chosen(key: str, text: str, known: tuple[str, ...]) -> list[str]:
+    for name in text.split(","):
+        if name not in known:
+            raise ConfigError(key, name, one_of(name, list(known)))
+    return text.split(",")
 
 
 def whole(text: str) -> int:
@@ -73,69 +107,231 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def measure(state: TrainState, batches: Batches, num_timed: int) -> dict[str, Any]:
-    """Training through `fit` as a run does it, and the network alone without gradients."""
-    started, cuda = time.perf_counter(), state.accelerator.device.type == "cuda"
-    steps = fit(state, batches)
-    list(islice(steps, 5))
-    wait(state)
+def report(rows: list[Row], peak: float, accelerator: Accelerator, path: str | None) -> None:
+    """Add ratios and utilisation, print the table, write the JSON."""
+    for row in rows:
+        like = [
+            other
+            for other in rows
+            if (other["task"], other["batch_size"]) == (row["task"], row["batch_size"])
+        ]
+        for unit in ("reference", "none"):
+            base = next((other for other in like if other["unit"] == unit), None)
+            if base and "images_per_second" in row:
+                row[f"ratio_to_{unit}"] = round(row["images_per_second"] / base["images_per_second"], 3)
+        if row["task"] == "train":  # a backward pass is two forward passes
+            row["mfu"] = round(3 * row["mflops_per_image"] * 1e6 * row["images_per_second"] / peak, 3)
+    device = accelerator.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    about = {"hardware": hardware, "num_cores": os.cpu_count(), "measured_peak_tflops": round(peak / 1e12, 2)}
+    about |= {"versions": versions(), "command": " ".join(["python", *sys.argv])}
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    print(f"{hardware}; torch {torch.__version__}; peak {about['measured_peak_tflops']} TFLOP/s, measured")
+    names = [name for name in SHOWN if any(name in row for row in rows)]
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(row.get(name, "")) for name in names) + " |")
+
+
+def measured_peak(accelerator: Accelerator) -> float:
+    """Operations a second of one large matrix product, on random numbers, in the training precision."""
+    cuda = accelerator.device.type == "cuda"
+    n, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
+    a, b = torch.randn(2, n, n, device=accelerator.device, dtype=dtype)
+    torch.matmul(a, b)
+    return 10 * 2 * n**3 / timed(lambda: [torch.matmul(a, b) for _ in range(10)])
+
+
+def train(
+    settings: Config, unit: str, size: int, images: ImageSet, accelerator: Accelerator, num: int
+) -> list[Row]:
+    """Training as a run does it, and what its network costs without gradients and in memory."""
+    wanted = replace(settings.train, batch_size=size, num_steps=10**9)
+    share = (accelerator.process_index, accelerator.num_processes)
+    batches = Batches(images, settings.data, size, wanted.seed, accelerator.device, *share)
+    kind = None if unit in ("none", "reference") else {"kind": unit}
+    started = time.perf_counter()
+    if unit == "reference":
+        model = reference_model(settings.model)
+        steps = reference_steps(model, settings, batches, accelerator)
+    else:
+        state = build(wanted, settings.diffusion, settings.model | {"unit": kind}, accelerator)
+        model, steps = state.model, fit(state, batches)
+    list(islice(steps, 6))  # compiles, and on a GPU records the step
+    wait()
     start_up = time.perf_counter() - started
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    train = timed(lambda: list(islice(steps, num_timed)), state) / num_timed
-    memory = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
-    images, labels = next(batches.from_step(0))[1:]
-    t = torch.full((len(images),), 500, device=images.device)
-    inputs = (images, t, None if state.model.config.num_classes is None else labels)
-    state.network.eval()
+    seconds = timed(lambda: list(islice(steps, num))) / num
+    row = {
+        "images_per_second": round(size / seconds, 1),
+        "ms_per_step": round(1e3 * seconds, 2),
+        "compile_and_first_steps_s": round(start_up, 1),
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if torch.cuda.is_available()
+        else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    shared, unshared = parameter_savings(model.shared_unit) if kind else (0, 0)
+    row |= {"unit_parameters": shared, "unshared": unshared}
+    accelerator.free_memory()
+    return [row | forward_costs(model, next(batches.from_step(0)), num)]
+
+
+def forward_costs(model: UViT, batch: Any, num: int) -> Row:
+    """Time without gradients, operations, and the bytes that a forward pass keeps for the backward pass."""
+    images, t = batch.images, torch.full((len(batch.images),), 500, device=batch.images.device)
+    inputs = (images, t, None if model.config.num_classes is None else batch.labels)
+    model.eval()
     with torch.no_grad():
-        state.network(*inputs)
-        inference = timed(lambda: [state.network(*inputs) for _ in range(num_timed)], state) / num_timed
-    state.model._compiled_call_impl = None  # operations and activations are counted one by one
+        model(*inputs)
+        inference = timed(lambda: [model(*inputs) for _ in range(num)]) / num
+    model._compiled_call_impl = None  # operations and activations are counted one by one
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        state.network(*inputs)
+        model(*inputs)
     return {
-        "parameters": sum(p.numel() for p in state.model.parameters()),
-        "mflops_per_image": round(counter.get_total_flops() / len(images) / 1e6, 3),
-        "images_per_second": round(len(images) / train, 1),
-        "ms_per_step": round(1e3 * train, 2),
         "ms_inference": round(1e3 * inference, 2),
-        "activations_mib": round(activations(state, inputs) / 2**20, 2),
-        "peak_memory_gib": memory,
-        "start_up_s": round(start_up, 1),
+        "mflops_per_image": round(counter.get_total_flops() / len(images) / 1e6, 3),
+        "activations_mib": round(activations(model, inputs) / 2**20, 2),
     }
 
 
-def activations(state: TrainState, inputs: tuple) -> int:
+def activations(model: UViT, inputs: tuple) -> int:
     """Bytes that a forward pass keeps for the backward pass, weights apart: memory on any device."""
     saved: dict[int, int] = {}  # storage -> bytes
-    weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def count(x: torch.Tensor) -> torch.Tensor:
+    def count(x: Tensor) -> Tensor:
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        output = state.network(*inputs)
+        output = model(*inputs)
     total = sum(size for place, size in saved.items() if place not in weights)
     del output  # it kept the storages alive, so that none was used twice
     return total
 
 
-def timed(work: Any, state: TrainState) -> float:
-    """The best of three, in seconds: what else runs on the machine only ever adds."""
+def reference_model(arguments: dict[str, Any]) -> UViT:
+    """The network as the official code computes it: attention takes q, k and v in float32."""
+    model = UViT(**arguments | {"unit": None})
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.forward = partial(plain_attention, module)
+    return model
+
+
+def plain_attention(self: Attention, x: Tensor) -> Tensor:
+    q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads).float()
+    x = F.scaled_dot_product_attention(q, k, v)  # which autocast casts back
+    return self.proj(rearrange(x, "b h l d -> b l (h d)"))
+
+
+def reference_steps(
+    model: UViT, settings: Config, batches: Batches, accelerator: Accelerator
+) -> Iterator[Tensor]:
+    """The plain recipe: eager, fp16 with loss scaling on a GPU, the average parameter by parameter."""
+    device, recipe = accelerator.device, settings.train
+    model.to(device).train()
+    average = copy.deepcopy(model)
+    scheduler, cuda = make_scheduler(settings.diffusion), device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    warm_up = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, step / max(1, recipe.warmup_steps))
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=cuda)
+    for batch in batches.from_step(0):
+        optimizer.zero_grad()
+        t = torch.randint(scheduler.config.num_train_timesteps, (len(batch.images),), device=device)
+        noise = torch.randn_like(batch.images)
+        labels = None if model.config.num_classes is None else batch.labels
+        with torch.autocast(device.type, torch.float16, enabled=cuda):
+            prediction = model(scheduler.add_noise(batch.images, noise, t), t, labels).sample
+        loss = denoising_loss(prediction, scheduler, settings.diffusion.min_snr_gamma, batch.images, noise, t)
+        gathered = accelerator.gather(loss.detach()).mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        warm_up.step()
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+                mean.mul_(recipe.ema_decay).add_((1 - recipe.ema_decay) * parameter)
+        yield gathered
+
+
+def sample(
+    settings: Config, unit: str, size: int, images: ImageSet, accelerator: Accelerator, num: int
+) -> list[Row]:
+    """Sampling as scripts/sample.py does it, after one batch that compiles."""
+    kind = None if unit == "none" else {"kind": unit}
+    model = UViT(**settings.model | {"unit": kind}).to(accelerator.device).eval()
+    pipeline, world = UViTPipeline(model, make_scheduler(settings.diffusion)), accelerator.num_processes
+
+    def draw(num_images: int) -> int:
+        drawn = replace(settings.sample, num_images=num_images)
+        return sum(len(i) for i, _ in generate(pipeline, drawn, rank=accelerator.process_index, world=world))
+
+    draw(size * world)
+    num_images = 3 * size * world
+    seconds = timed(lambda: draw(num_images), 1)
+    return [{"images_per_second": round(num_images / seconds, 1), "steps": settings.sample.steps}]
+
+
+def score(
+    settings: Config, unit: str, size: int, images: ImageSet, accelerator: Accelerator, num: int
+) -> list[Row]:
+    """Feature extraction of real images."""
+    extractor = load_extractor(settings.evaluate, accelerator.device)
+    some = torch.cat(list(islice(read_all(images), 1 + num * size // 512)))[: num * size]
+    extract(extractor, some[:size], size, accelerator.device)
+    seconds = timed(lambda: extract(extractor, some, size, accelerator.device), 1)
+    rate = len(some) * accelerator.num_processes / seconds
+    return [{"images_per_second": round(rate, 1), "extractor": settings.evaluate.extractor}]
+
+
+def start(
+    settings: Config, unit: str, size: int, images: ImageSet, accelerator: Accelerator, num: int
+) -> list[Row]:
+    """Seconds from the command to the first step that is logged: plain, compiled anew, compiled before."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        for compiled, how in ((False, "plain"), (True, "compiled anew"), (True, "compiled before")):
+            wanted = replace(settings.train, compile=compiled, num_steps=1, log_every=1, preview_every=0)
+            run = Path(folder, how.replace(" ", "_"))
+            run_config = Path(folder, "config.yaml")
+            config.save(replace(settings, output_dir=str(run), train=wanted), run_config, {})
+            command = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(run_config)]
+            started = time.perf_counter()
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
+                if process.poll():
+                    raise SystemExit(process.stderr.read())
+                time.sleep(0.05)
+            rows.append({"how": how, "seconds": round(time.perf_counter() - started, 1)})
+            process.communicate()
+    return rows
+
+
+MEASURES: dict[str, Callable[..., list[Row]]] = {f.__name__: f for f in (train, sample, score, start)}
+
+
+def timed(work: Callable[[], Any], repeats: int = 3) -> float:
+    """The best of some, in seconds: what else runs on the machine only ever adds."""
     seconds = []
-    for _ in range(3):
-        wait(state)
+    for _ in range(repeats):
+        wait()
         started = time.perf_counter()
         work()
-        wait(state)
+        wait()
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 
 
-def wait(state: TrainState) -> None:
-    if state.accelerator.device.type == "cuda":
+def wait() -> None:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 

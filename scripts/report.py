@@ -1,17 +1,17 @@
-"""Write a run's report.html: python scripts/report.py RUN."""
+"""Write the report.html of a run or of a grid of runs: python scripts/report.py RUN_OR_GRID."""
 
 import sys
 from pathlib import Path
 
 from uvit_dia.config import Parser
 from uvit_dia.errors import run
-from uvit_dia.report import write_run_page
+from uvit_dia.report import write_page
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", help="the run's folder")
-    print(write_run_page(Path(parser.parse_args().run)))
+    print(write_page(Path(parser.parse_args().run)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from uvit_dia import config
 from uvit_dia.checkpoint import RunFolder
-from uvit_dia.errors import UserError, run
+from uvit_dia.errors import UserError, check_place, run
 from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline, save_images
 from uvit_dia.trainer import make_accelerator
 
@@ -25,9 +25,14 @@ def main() -> int:
     if not ("grid" in given or "dir" in given):
         raise UserError("nothing to write: add --grid out.png, --dir images/ or both")
     settings = sample_settings(given.source, given.as_dict())
+    if "grid" in given:
+        check_place("--grid", given.grid, [".png", ".jpg", ".webp"])
+    if "dir" in given:
+        check_place("--dir", given.dir)
 
     accelerator = make_accelerator(settings.precision)
     pipeline, _ = load_pipeline(given.source, accelerator.device)
+    pipeline.check(settings.guidance_scale, settings.steps, settings.class_label)
     shown = []
     pieces = generate(pipeline, settings, rank=accelerator.process_index, world=accelerator.num_processes)
     with tqdm(total=settings.num_images, unit="image", disable=not accelerator.is_main_process) as bar:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -18,9 +19,9 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed import DistError, PrefixStore, TCPStore
 from tqdm import tqdm
 
-from uvit_dia import checkpoint, config, trainer
+from uvit_dia import checkpoint, config, evaluation, posthoc, trainer
 from uvit_dia.checkpoint import RunFolder, aside, writing
-from uvit_dia.data import Batches, load_images
+from uvit_dia.data import Batches, load_images, test_images
 from uvit_dia.errors import ConfigError, UserError, run
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
@@ -36,7 +37,8 @@ def main() -> int:
         "--resume", nargs="?", const="newest", help="from the newest good checkpoint, or a path"
     )
     argv = sys.argv[1:]
-    parsed = parser.parse_args(argv if "--config" in argv else ["--config", str(DIGITS), *argv])
+    named = any(arg.split("=")[0] == "--config" for arg in argv)
+    parsed = parser.parse_args(argv if named else ["--config", str(DIGITS), *argv])
     settings = config.to_config(parser, parsed)
     folder = RunFolder(settings.output_dir)
     if parsed.resume is None and folder.config.exists():
@@ -55,6 +57,8 @@ def prepare(
 ) -> tuple[trainer.TrainState, Batches]:
     """Model and data, at the step to go on from; only when all that is well is anything written."""
     wanted = settings.train
+    if settings.evaluate.every:
+        evaluation.weights_file(settings.evaluate)  # if there are none, that is known before the run begins
     state = trainer.build(wanted, settings.diffusion, settings.model, accelerator)
     model = state.model.config
     with accelerator.local_main_process_first():  # one process a machine downloads
@@ -64,6 +68,10 @@ def prepare(
         images, settings.data, wanted.batch_size, wanted.seed,
         accelerator.device, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
+    if wanted.preview_every:
+        sample = settings.sample
+        previewing = UViTPipeline(state.ema.ema_model, state.scheduler)
+        previewing.check(sample.guidance_scale, sample.steps, sample.class_label)
     resume(state, folder, source)
     with writing(folder.root):
         if accelerator.is_main_process:
@@ -148,6 +156,7 @@ def train(state: trainer.TrainState, batches: Batches, settings: config.Config, 
     """Run the loop with everything that people want around it; returns the exit code."""
     signals = stop_on_signals(state)
     accelerator, every = state.accelerator, settings.train
+    scorer = screening_scorer(state, batches, settings) if settings.evaluate.every else None
     main = accelerator.is_main_process
     pause = 0.5 if sys.stderr.isatty() else 15  # seconds between lines of a log file
     bar = tqdm(total=every.num_steps, initial=state.step, unit="step", disable=not main, mininterval=pause)
@@ -160,14 +169,21 @@ def train(state: trainer.TrainState, batches: Batches, settings: config.Config, 
                 metrics = trainer.summary(state)
                 elapsed = time.perf_counter() - started
                 metrics["images_per_second"] = round((record.step - seen) * every.batch_size / elapsed, 1)
+                if accelerator.device.type == "cuda":
+                    metrics["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 log(state, folder, metrics)
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
                 started, seen = time.perf_counter(), record.step
             if record.step % every.checkpoint_every == 0:
                 save(state, folder)
                 saved = record.step
-            if every.preview_every and record.step % every.preview_every == 0 and main:
+            preview_due = record.step == every.num_steps or record.step % (every.preview_every or 1) == 0
+            if every.preview_every and preview_due and main:
                 preview(state, settings, folder)
+            if scorer and record.step % settings.evaluate.every == 0:
+                began = time.perf_counter()
+                screen(state, scorer, settings, folder)
+                started += time.perf_counter() - began  # images_per_second is that of training
     if saved != state.step:
         save(state, folder)
     number = torch.tensor(signals[:1] or [0], device=accelerator.device)
@@ -205,9 +221,13 @@ def log(state: trainer.TrainState, folder: RunFolder, metrics: dict[str, float])
 def save(state: trainer.TrainState, folder: RunFolder) -> None:
     """A checkpoint, and the averaged weights as a diffusers pipeline; the other processes wait."""
     if state.accelerator.is_main_process:
-        keep = state.config.keep_checkpoints
+        keep, widths = state.config.keep_checkpoints, state.config.posthoc_ema
         checkpoint.save(folder.checkpoints, state.step, state.tensors(), state.info(), keep)
+        if widths:
+            parts = (posthoc.snapshot(state.posthoc), {"posthoc_ema": widths})
+            checkpoint.save(folder.posthoc, state.step, *parts, keep=sys.maxsize)
         about = {"step": state.step, "ema_decay": state.config.ema_decay, "training_seed": state.config.seed}
+        about["spikes"] = state.spikes.count
         checkpoint.export(UViTPipeline(state.ema.ema_model, state.scheduler), folder.pipeline, about)
     state.accelerator.wait_for_everyone()
 
@@ -218,6 +238,27 @@ def preview(state: trainer.TrainState, settings: config.Config, folder: RunFolde
     images = torch.cat([batch for _, batch in generate(pipeline, settings.sample, Stream.PREVIEWS)])
     with aside(folder.samples / f"step_{state.step:08d}.png") as partial:
         grid(images).save(partial, "PNG")
+
+
+def screening_scorer(
+    state: trainer.TrainState, batches: Batches, settings: config.Config
+) -> evaluation.Scorer:
+    """What scores few images while training, on all processes; the real images are looked at once, here."""
+    few = replace(settings.evaluate, num_images=settings.evaluate.screen_images, num_seeds=1)
+    size = (state.model.config.sample_size, state.model.config.in_channels)
+    return evaluation.Scorer(few, batches.images, test_images(settings.data, *size), state.accelerator)
+
+
+def screen(
+    state: trainer.TrainState, scorer: evaluation.Scorer, settings: config.Config, folder: RunFolder
+) -> None:
+    """A card for evaluation/screening/; its wall time is what training waited."""
+    pipeline = UViTPipeline(state.ema.ema_model, state.scheduler)
+    about = {"step": state.step, "ema_decay": state.config.ema_decay, "training_seed": state.config.seed}
+    card = scorer.score_pipeline(pipeline, settings.sample, about | {"screening": True})
+    if card is not None:
+        evaluation.write_card(card, folder.evaluation / "screening" / f"step_{state.step:08d}.json")
+        state.accelerator.log({card["headline"]: card["metrics"][card["headline"]]}, step=state.step)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 import io
 import multiprocessing
+import pickle
 import re
+import resource
+import struct
 import sys
+import zlib
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
@@ -15,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -198,8 +201,8 @@ def test_an_image_that_is_none_is_named_in_one_line(tmp_path, num_workers, in_me
         images = load_images(config, "train", 4, 3)
         list(islice(Batches(images, config, 4, seed=0, device="cpu").from_step(0), 1))
     path = tmp_path / "images/2.png"
-    line = f"{path} can't be decoded as an image (no format that Pillow knows); mend or remove it"
-    assert str(caught.value) == line
+    why = "none of PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM"
+    assert str(caught.value) == f"{path} can't be decoded as an image ({why}); mend or remove it"
     assert not multiprocessing.active_children()
 
 
@@ -209,7 +212,7 @@ def test_an_image_that_is_none_is_named_in_one_line(tmp_path, num_workers, in_me
 def test_digits_hold_out_600_stratified_and_disjoint_and_scale_16_to_255():
     train, test = (load_images(DataConfig(), split, 8, 1) for split in ("train", "test"))
     assert (len(train), len(test), train.num_labels, train.name) == (1197, 600, 10, "digits/train")
-    pixels = [{image.numpy().tobytes() for image in materialize(part, 1)[0]} for part in (train, test)]
+    pixels = [{image.numpy().tobytes() for image in materialize(part, 1)} for part in (train, test)]
     assert not pixels[0] & pixels[1]
     assert set(np.bincount(test.labels)) <= {58, 59, 60, 61, 62}
     from sklearn.datasets import load_digits
@@ -231,13 +234,12 @@ def test_an_image_set_is_a_dataset_that_ends_and_that_a_dataloader_takes():
 def test_a_set_is_materialized_in_order_if_it_fits_the_limit(images):
     need = 10 * 3 * 4 * 4 / 2**30
     assert materialize(images, need * 0.99) is None
-    pixels, labels = materialize(images, need)
+    pixels = materialize(images, need)
     assert torch.equal(pixels, torch.stack([image for image, _ in images]))
-    assert labels.tolist() == [label for _, label in images]
 
 
 def test_the_content_hash_is_of_count_shape_and_pixels_in_order(images):
-    pixels, _ = materialize(images, 1)
+    pixels = materialize(images, 1)
     expected = sha256(b"(10, 3, 4, 4)" + pixels.numpy().tobytes()).hexdigest()
     assert data.content_hash(images) == expected
     images.rows = images.rows[::-1]
@@ -300,7 +302,7 @@ def test_a_folder_of_parquet_written_by_datasets_has_splits_slices_and_labels(tm
     images = load_images(config, "train", 4, 3)
     assert capfd.readouterr() == ("", "")
     assert (images.name, images.num_labels, images.labels.tolist()) == ("set/train", 3, [0, 1] * 3)
-    pixels, _ = materialize(images, 1)
+    pixels = materialize(images, 1)
     assert torch.equal(pixels, torch.from_numpy(noise(6, 4, 4, 3)).permute(0, 3, 1, 2))
     assert len(data.test_images(config, 4, 3)) == 2
     assert len(load_images(replace(config, train_split="train[:4]"), "train", 4, 3)) == 4
@@ -339,6 +341,51 @@ def test_withheld_labels_leave_a_set_unlabeled_and_bare_bytes_are_images(tmp_pat
     assert torch.equal(images[1][0], torch.from_numpy(noise(2, 4, 4, 3)[1]).permute(2, 0, 1))
 
 
+def test_a_label_outside_its_named_classes_counts_so_that_no_model_is_too_small(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": cells(3), "label": [0, 1, 7]}, features=features)
+    table = rows.data.table.replace_schema_metadata(
+        datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(3)}).arrow_schema.metadata
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    images = load_images(DataConfig(dataset="hub", path=str(tmp_path / "x.parquet")), "train", 4, 3)
+    assert images.num_labels == 8 and images.labels.tolist() == [0, 1, 7]
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1, 2], [0, None, 1], ["a", "b", "c"], [0, -2, 1]])
+def test_labels_that_are_no_class_numbers_are_refused_if_asked_for_and_else_left_out(tmp_path, labels):
+    config = replace(make_parquet(tmp_path / "x.parquet", image=cells(3), label=labels), image_column="image")
+    assert load_images(config, "train", 4, 3).num_labels is None
+    with pytest.raises(ConfigError, match=r"data.label_column: 'label' .* class numbers from 0"):
+        load_images(replace(config, label_column="label"), "train", 4, 3)
+
+
+class Payload:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_code_that_comes_with_data_is_not_run(tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    script = f"import pathlib; pathlib.Path({str(ran)!r}).touch()"
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/set.py").write_text(script)
+    with pytest.raises(ConfigError, match=r"data.path"):
+        load_images(DataConfig(dataset="hub", path=str(tmp_path / "set")), "train", 8, 3)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.url", "http://127.0.0.1:1/x")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for name in ("batches.meta", "data_batch_1", "test_batch"):
+        (tmp_path / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(Payload(ran)))
+    with pytest.raises(UserError, match="CIFAR-10 is not in"):
+        load_images(DataConfig(dataset="cifar10", path=str(tmp_path)), "train", 32, 3)
+    assert not ran.exists()
+
+
 def test_an_empty_cell_is_named_by_its_row(tmp_path):
     config = make_parquet(tmp_path / "x.parquet", image=[*cells(2), None])
     images = load_images(replace(config, image_column="image"), "train", 4, 3)
@@ -353,7 +400,7 @@ def test_cifar10_on_disk_loads_quietly_and_quickly(capfd):
     assert capfd.readouterr() == ("", "")
     assert (len(train), len(test), train.num_labels) == (50_000, 10_000, 10)
     assert np.bincount(test.labels).tolist() == [1000] * 10
-    pixels, _ = materialize(test, 1)  # a fifth of the time that training takes to begin
+    pixels = materialize(test, 1)  # a fifth of the time that training takes to begin
     direct = datasets.load_dataset(str(CIFAR10), split="test")
     for i in (0, 4_321, 9_999):
         assert np.array_equal(pixels[i].permute(1, 2, 0), np.asarray(direct[i]["img"]))
@@ -368,8 +415,6 @@ def test_cifar10_says_both_ways_out_when_it_cannot_be_fetched(tmp_path, monkeypa
 
 
 def test_cifar10_as_torchvision_keeps_it_needs_no_network(tmp_path, monkeypatch):
-    import pickle
-
     folder, pixels = tmp_path / "cifar-10-batches-py", noise(12, 3072)
     folder.mkdir()
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -399,14 +444,29 @@ def test_the_centre_is_cropped_from_an_image_whose_shorter_side_fits():
     assert np.array_equal(decode(np.ascontiguousarray(pixels.T), 4, 1), pixels.T[3:7])
 
 
-@pytest.mark.parametrize("shape", [(31, 24), (24, 31), (5, 6)])
-def test_resizing_is_antialiased_bicubic_of_the_shorter_side(shape):
-    pixels = noise(*shape)
-    size = [max(8, round(side * 8 / min(shape))) for side in shape]
-    whole = F.interpolate(torch.from_numpy(pixels)[None, None].float(), size, mode="bicubic", antialias=True)
-    top, left = ((side - 8) // 2 for side in size)
-    expected = whole[0, 0, top : top + 8, left : left + 8].clamp(0, 255)
-    assert (torch.from_numpy(decode(pixels, 8, 1).astype(np.float32)) - expected).abs().max() <= 2
+def bicubic(n: int, size: int, side: int) -> torch.Tensor:
+    """Weights (size, n) that resample the middle `side` of n pixels: Keys' kernel, a = -1/2, antialiased."""
+    scale = side / size
+    centres = (n - side) // 2 + (torch.arange(size) + 0.5) * scale
+    x = ((torch.arange(n) + 0.5 - centres[:, None]) / max(1, scale)).abs()
+    weights = torch.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2) * (x < 2)
+    return weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("shape", [(31, 24), (24, 31), (5, 6), (300, 20), (9, 9)])
+def test_resizing_is_antialiased_bicubic_of_the_centre_square(shape):
+    pixels = noise(*shape) // 2 + 64  # no overshoot, which Pillow would clip between its two passes
+    rows, columns = (bicubic(n, 8, min(shape)) for n in shape)
+    expected = rows @ torch.from_numpy(pixels).float() @ columns.T
+    assert (torch.from_numpy(decode(pixels, 8, 1).astype(np.float32)) - expected).abs().max() <= 1.5
+
+
+def test_a_long_strip_takes_the_memory_of_its_square_alone():
+    strip = encoded(Image.fromarray(noise(1, 1_000_000)))  # resized as a whole: 64 x 64,000,000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert decode(strip, 64, 1).shape == (64, 64)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 2**28
 
 
 def test_transparency_is_laid_over_white():
@@ -457,16 +517,73 @@ def test_photos_are_turned_upright():
     assert np.array_equal(decode(file, 3, 1), np.rot90(pixels, -1)[1:4])
 
 
-def test_a_decompression_bomb_and_a_cut_file_are_user_errors(tmp_path, monkeypatch):
-    config = make_folder(tmp_path, "x.png")
-    file = (tmp_path / "x.png").read_bytes()
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(UserError, match=r"x.png can't be decoded.*decompression bomb"):
-        load_images(config, "train", 6, 3)[0]
-    monkeypatch.undo()
-    (tmp_path / "x.png").write_bytes(file[:-40])
-    with pytest.raises(UserError, match=r"x.png can't be decoded.*truncated"):
-        load_images(config, "train", 6, 3)[0]
+def png(width: int, height: int, pixels: bytes = b"") -> bytes:
+    """A file whose header promises a size, whatever follows."""
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT": zlib.compress(pixels)}
+    parts = [
+        struct.pack(">I", len(x)) + k + x + struct.pack(">I", zlib.crc32(k + x)) for k, x in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+UNREADABLE = {
+    "empty": (b"", "none of PNG, JPEG"),
+    "text": (b"hello", "none of PNG, JPEG"),
+    "zero size": (png(0, 0), "none of PNG, JPEG"),
+    "zero width": (b"P5 0 4 255\n", "none of PNG, JPEG"),
+    "bomb": (png(20_000, 20_000), "decompression bomb"),
+    "another bomb": (b"P5 100000 100000 255\n", "decompression bomb"),
+    "no pixels": (png(4, 4), "truncated"),
+    "few pixels": (png(4, 4, bytes(10)), "truncated"),
+    "cut png": (encoded(Image.fromarray(noise(6, 6, 3)))[:-40], "truncated"),
+    "cut jpeg": (encoded(Image.fromarray(noise(64, 64, 3)), "jpeg")[:-400], "truncated"),
+    "cut gif": (encoded(Image.fromarray(noise(64, 64)), "gif")[:-400], "truncated"),
+    "flipped bit": (bytes(x ^ (i == 60) for i, x in enumerate(encoded(Image.fromarray(noise(6, 6))))), ""),
+    "PostScript, which is a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of PNG"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_file_that_is_no_image_is_named_in_one_line(case, tmp_path):
+    config = make_folder(tmp_path, "good.png", "x.png")
+    content, why = UNREADABLE[case]
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/x.png can't be decoded as an image \(.*{why}.*\); mend"
+    ):
+        materialize(load_images(config, "train", 6, 3), 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_files_that_go_or_change_while_training_are_named_when_streamed_and_unseen_in_memory(
+    tmp_path, num_workers
+):
+    config = replace(make_folder(tmp_path, *(f"{i}.png" for i in range(4))), num_workers=num_workers)
+    images = load_images(config, "train", 6, 3)
+    in_memory = Batches(images, config, 4, seed=0, device="cpu").from_step(0)
+    streamed = Batches(images, replace(config, in_memory_gib=0), 4, seed=0, device="cpu").from_step(0)
+    for name, change in (("1.png", Path.unlink), ("2.png", lambda path: path.write_bytes(b""))):
+        before = (tmp_path / name).read_bytes()
+        change(tmp_path / name)
+        first = next(in_memory)
+        why = "No such file" if name == "1.png" else "none of PNG"
+        with pytest.raises(UserError, match=rf"^{tmp_path}/{name} can't be decoded as an image \({why}"):
+            next(Batches(images, replace(config, in_memory_gib=0), 4, seed=0, device="cpu").from_step(0))
+        (tmp_path / name).write_bytes(before)
+        assert equal(first, next(streamed))
+    (tmp_path / "5.png").write_bytes(before)
+    assert len(images) == 4  # a file that comes belongs to the next run
+
+
+def test_a_set_smaller_than_the_batch_fills_it_with_whole_epochs(tmp_path):
+    config = replace(make_folder(tmp_path, "0.png", "1.png", "2.png"), flip=False, num_workers=0)
+    images = load_images(config, "train", 6, 3)
+    batch = next(Batches(images, config, 8, seed=0, device="cpu").from_step(0))
+    numbers = [
+        next(i for i in range(3) if torch.equal(images[i][0], x))
+        for x in (batch.images + 1).mul(127.5).round()
+    ]
+    assert sorted(numbers[:3]) == sorted(numbers[3:6]) == [0, 1, 2] and len(set(numbers[6:])) == 2
 
 
 # Settings.

@@ -1,28 +1,41 @@
 """Scores against closed forms and torch-fidelity's own; what may be compared; what is refused in one line."""
 
+import csv
+import importlib.util
 import json
+import os
 import pickle
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch_fidelity
+from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from uvit_dia import evaluation as ev
 from uvit_dia.data import DataConfig, ImageSet, content_hash, load_images
 from uvit_dia.errors import ConfigError, UserError
+from uvit_dia.sampling import save_images
 
 
 def blobs(n: int, seed: int, contrast: float = 60.0) -> Tensor:
     """Smooth uint8 colour images (n, 3, 32, 32)."""
     coarse = 128 + contrast * torch.randn(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return nn.functional.interpolate(coarse, 32, mode="bilinear").clamp(0, 255).to(torch.uint8)
+
+
+def few(**settings) -> ev.EvaluateConfig:
+    return ev.EvaluateConfig(
+        **{"num_images": 60, "kid_subset_size": 30, "extractor_weights": __file__} | settings
+    )
 
 
 def random_features(n: int, seed: int, dim: int = 8) -> ev.Features:
@@ -92,44 +105,59 @@ def test_precision_falls_with_strange_images_and_recall_with_missing_ones():
     assert strange["precision"] == strange["recall"] == 0
 
 
-def test_inception_scores_equal_torch_fidelitys_own(inception_weights):
-    a, b = blobs(24, seed=1), blobs(28, seed=2, contrast=90)
-    config = ev.EvaluateConfig(extractor_weights=str(inception_weights), kid_subset_size=20)
-    extractor = ev.load_extractor(config, "cpu")
-    ours = ev.score(*(ev.extract(extractor, x, 16, "cpu") for x in (a, b)), config)
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Two folders of generated and of real images, of different sizes."""
+    root = tmp_path_factory.mktemp("images")
+    for name, images in (("fake", blobs(13, seed=1)), ("real", blobs(16, seed=2, contrast=90)[..., :24])):
+        save_images(images, torch.arange(len(images)), root / name)
+    return root / "fake", root / "real"
 
-    class Bare(torch.utils.data.Dataset):
-        def __init__(self, images):
-            self.images = images
 
-        def __len__(self):
-            return len(self.images)
+@pytest.fixture(scope="session")
+def theirs(folders, inception_weights) -> dict[str, float]:
+    """What torch-fidelity's own command says of them."""
+    command = [
+        Path(sys.executable).with_name("fidelity"),
+        "--cpu",
+        "--fid",
+        "--kid",
+        "--isc",
+        "--prc",
+        "--json",
+    ]
+    command += ["--silent", "--no-cache", "--feature-extractor", ev.INCEPTION, "--kid-subset-size", "10"]
+    command += ["--feature-extractor-weights-path", inception_weights]
+    command += ["--input1", folders[0], "--input2", folders[1]]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-        def __getitem__(self, i):
-            return self.images[i]
 
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Bare(a),
-        input2=Bare(b),
-        feature_extractor=ev.INCEPTION,
-        feature_extractor_weights_path=str(inception_weights),
-        kid_subset_size=20,
-        **dict.fromkeys(["fid", "kid", "isc", "prc", "save_cpu_ram"], True),
-        **dict.fromkeys(["cuda", "cache", "verbose"], False),
-    )
-    assert len(ours) == len(theirs) == 8 and theirs["frechet_inception_distance"] > 0.1
+@pytest.mark.parametrize("processes", [1, 2])
+def test_scores_of_two_folders_equal_torch_fidelitys_own_command(
+    folders, theirs, inception_weights, tmp_path, processes
+):
+    options = ["--generated", folders[0], "--reference", folders[1], "--extractor", ev.INCEPTION]
+    options += ["--extractor_weights", inception_weights, "--kid_subset_size", "10"]
+    options += ["--cache_dir", tmp_path / "cache", "--card", tmp_path / "card.json"]
+    script("evaluate", options, processes)
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert len(card["metrics"]) == len(theirs) == 8 and theirs["frechet_inception_distance"] > 0.1
     for key, value in theirs.items():
         ours_key = "fid" if key.startswith("frechet") else key.replace("kernel_inception", "kernel")
-        assert ours[ours_key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+        assert card["metrics"][ours_key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+    assert (card["num_generated"], card["reference"]["num_images"]) == (13, 16)
+    assert card["provenance"]["processes"] == processes and card["reference"]["name"] == str(folders[1])
 
 
-def test_kid_subsets_are_cut_to_the_smaller_set():
-    config = ev.EvaluateConfig(extractor=ev.LITE0, kid_subset_size=1000)
-    generated, reference = random_features(30, 0), random_features(50, 1)
-    cut = ev.EvaluateConfig(extractor=ev.LITE0, kid_subset_size=30)
-    assert ev.score(generated, reference, config) == ev.score(generated, reference, cut)
-    card = ev.make_card({}, config, {"name": "r", "sha256": "0", "num_images": 50}, 30, {})
-    assert card["kid"]["subset_size"] == 30
+def test_a_kid_subset_that_is_larger_than_a_set_is_refused_with_the_size_that_fits(tmp_path):
+    for settings in ({"num_images": 100}, {"every": 10, "screen_images": 100}):
+        with pytest.raises(ConfigError, match=r"kid_subset_size: 200 .* --kid_subset_size 100"):
+            ev.EvaluateConfig(kid_subset_size=200, **settings)
+    ev.EvaluateConfig(kid_subset_size=200, screen_images=100)  # which are not asked for
+    config = ev.EvaluateConfig(extractor=ev.LITE0, kid_subset_size=41, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"the 40 images of digits: --kid_subset_size 40"):
+        ev.Scorer(config, digits(40), None, Accelerator(cpu=True))
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("n", [0, 9])
@@ -146,14 +174,13 @@ def test_features_that_are_not_finite_are_refused():
 
 
 def test_an_anchor_is_comparable_only_at_equal_counts():
-    config, reference = ev.EvaluateConfig(), random_features(60, 0)
+    config, reference = few(kid_subset_size=20), random_features(60, 0)
     held_out = random_features(40, 1)
-    more = ev.score_anchor(held_out, reference, 20, config)
-    equal = ev.score_anchor(held_out, reference, 40, config)
-    fewer = ev.score_anchor(held_out, reference, 60, config)
+    more, equal, fewer = (
+        ev.score_anchor(held_out, reference, replace(config, num_images=n)) for n in (20, 40, 60)
+    )
     assert [x["num_images"] for x in (more, equal, fewer)] == [20, 40, 40]
     assert more["comparable"] and equal["comparable"] and not fewer["comparable"]
-    assert "40 held-out images stand against 60" in fewer["reason"]
     assert equal["metrics"]["fid"] == pytest.approx(ev.score(held_out, reference, config)["fid"])
 
 
@@ -177,54 +204,41 @@ def test_lite0_weights_load_under_the_names_that_the_design_gives(lite0):
     assert not loaded
 
 
+def features(extractor: nn.Module, images: Tensor) -> ev.Features:
+    return ev.extract(extractor, [(torch.arange(len(images)), images)], 4, Accelerator(cpu=True))
+
+
 def test_grey_images_have_the_features_of_the_same_images_in_rgb(lite0):
     grey = blobs(3, seed=0)[:, :1]
-    one, three = (ev.extract(lite0, x, 3, "cpu") for x in (grey, grey.repeat(1, 3, 1, 1)))
+    one, three = (features(lite0, x) for x in (grey, grey.repeat(1, 3, 1, 1)))
     assert torch.equal(one.features, three.features) and torch.equal(one.logits, three.logits)
     assert one.features.shape == (3, 1280) and one.logits.shape == (3, 1000)
     assert one.features.dtype == torch.float32
 
 
-def test_features_do_not_depend_on_how_the_images_arrive(lite0):
-    images = blobs(6, seed=0)
-    whole = ev.extract(lite0, images, 4, "cpu")
-    pieces = ev.extract(lite0, iter(images.split([1, 0, 3, 2])), 4, "cpu", progress=6)
-    assert torch.equal(whole.features, pieces.features) and torch.equal(whole.logits, pieces.logits)
-    assert [len(x) for x in ev.rebatched(images, 4)] == [4, 2]
-    assert len(ev.extract(lite0, [], 4, "cpu")) == 0
+def test_features_stand_in_the_order_of_the_images_however_these_arrive(lite0):
+    images, order = blobs(6, seed=0), torch.tensor([4, 1, 5, 0, 3, 2])
+    whole = features(lite0, images)
+    batches = zip(order.split([1, 0, 3, 2]), images[order].split([1, 0, 3, 2]), strict=True)
+    pieces = ev.extract(lite0, batches, 2, Accelerator(cpu=True), count=6)
+    assert torch.allclose(whole.features, pieces.features, atol=1e-5)
+    assert torch.allclose(whole.logits, pieces.logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 8, 8, dtype=torch.uint8)])
 def test_only_uint8_images_of_one_or_three_channels_are_extracted(lite0, images):
     with pytest.raises(ValueError, match="not uint8 images"):
-        ev.extract(lite0, images, 2, "cpu")
+        features(lite0, images)
 
 
-SHARDS = [[[4, 1, 0], [3, 2]], [[], [2, 0, 1, 4, 3]]]  # of five images among two processes
-
-
-def gather_in_process(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    for case, shards in enumerate(SHARDS):
-        indices = torch.tensor(shards[rank], dtype=torch.long)
-        local = random_features(5, 0)[indices] if shards[rank] else ev.extract(None, [], 1, "cpu")
-        torch.save(ev.gather(local, indices), folder / f"{case}{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_gather_what_one_has(tmp_path):
-    torch.multiprocessing.spawn(gather_in_process, (tmp_path,), nprocs=2)
-    whole, shuffled = random_features(5, 0), torch.tensor([2, 0, 1, 4, 3])
-    found = [torch.load(path, weights_only=False) for path in tmp_path.glob("*.pt")]
-    assert len(found) == 4
-    for features in (*found, ev.gather(whole[shuffled], shuffled)):
-        assert torch.equal(features.features, whole.features) and torch.equal(features.logits, whole.logits)
+def test_no_images_have_no_features():
+    assert len(ev.extract(None, [], 4, Accelerator(cpu=True))) == 0
 
 
 @pytest.mark.parametrize("indices", [[0, 1, 1], [0, 1, 3]])
-def test_gathering_refuses_doubles_and_gaps(indices):
+def test_doubles_and_gaps_are_refused(lite0, indices):
     with pytest.raises(ValueError, match="gaps or doubles"):
-        ev.gather(random_features(3, 0), torch.tensor(indices))
+        ev.extract(lite0, [(torch.tensor(indices), blobs(3, 0))], 4, Accelerator(cpu=True))
 
 
 # weights
@@ -289,7 +303,7 @@ def test_settings_are_checked_by_name(setting):
 @pytest.fixture
 def compute(monkeypatch):
     """Extraction that gives made-up features and counts its calls."""
-    compute = mock.Mock(side_effect=lambda *_: random_features(40, 0))
+    compute = mock.Mock(side_effect=lambda _, batches, *__: [*batches] and random_features(40, 0))
     monkeypatch.setattr(ev, "extract", compute)
     return compute
 
@@ -302,11 +316,12 @@ def digits(n: int) -> ImageSet:
 def test_reference_features_are_computed_once_for_one_content_and_again_when_the_file_is_damaged(
     tmp_path, compute
 ):
-    config = ev.EvaluateConfig(extractor=ev.LITE0, cache_dir=str(tmp_path))
+    config = few(extractor=ev.LITE0, extractor_weights=None, cache_dir=str(tmp_path))
     images, whole = digits(40), random_features(40, 0)
+    scorer = ev.Scorer(config, images, None, Accelerator(cpu=True))
 
     def check(calls):
-        found, about = ev.features_of(images, None, config, "cpu")
+        found, about = scorer.features_of(images)
         assert torch.equal(found.features, whole.features) and torch.equal(found.logits, whole.logits)
         assert compute.call_count == calls
         assert about == {"name": "digits", "sha256": content_hash(images), "num_images": 40}
@@ -320,15 +335,15 @@ def test_reference_features_are_computed_once_for_one_content_and_again_when_the
         check(calls)
         assert path.read_bytes() == good
     images.rows = 255 - images.rows
-    ev.features_of(images, None, config, "cpu")
+    scorer.features_of(images)
     assert compute.call_count == 6
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, compute):
     (tmp_path / "file").touch()
-    config = ev.EvaluateConfig(extractor=ev.LITE0, cache_dir=str(tmp_path / "file" / "cache"))
+    config = few(extractor=ev.LITE0, extractor_weights=None, cache_dir=str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match=r"evaluate\.cache_dir"):
-        ev.features_of(digits(40), None, config, "cpu")
+        ev.Scorer(config, digits(40), None, Accelerator(cpu=True))
 
 
 # cards
@@ -336,15 +351,18 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, compute):
 
 @pytest.fixture
 def card_of(tmp_path):
-    """A card of made-up scores at given counts."""
+    """A card of made-up scores at given counts, with one seed or several."""
     (tmp_path / "weights").write_bytes(b"any")
 
-    def build(extractor=ev.LITE0, num_generated=1797, num_reference=1797, sha256="ab" * 32, anchor=None):
+    def build(
+        extractor=ev.LITE0, num_generated=1797, num_reference=1797, sha256="ab" * 32, anchor=None, seeds=1
+    ):
         weights = str(tmp_path / "weights") if extractor == ev.INCEPTION else None
-        config = ev.EvaluateConfig(extractor=extractor, extractor_weights=weights)
-        metrics = ev.score(random_features(20, 0), random_features(20, 1), config)
+        config = few(extractor=extractor, extractor_weights=weights, num_images=num_generated)
+        real = random_features(20, 100)
+        scores = [{"seed": i} | ev.score(random_features(20, i), real, config) for i in range(seeds)]
         reference = {"name": "digits", "sha256": sha256, "num_images": num_reference}
-        return ev.make_card(metrics, config, reference, num_generated, {"sampler": "ddim"}, anchor)
+        return ev.make_card(scores, config, reference, {"sampler": "ddim"}, anchor)
 
     return build
 
@@ -362,10 +380,23 @@ def test_only_inception_gives_a_fid_and_few_images_make_kid_the_headline(card_of
     assert "| FID |" in ev.markdown(many) and "FID card" not in ev.markdown(other)
 
 
+def test_a_card_of_several_seeds_gives_mean_and_spread_and_each_but_no_minimum(card_of):
+    one, card = card_of(), card_of(seeds=3)
+    assert one["spread"] is None and [score["seed"] for score in card["seeds"]] == [0, 1, 2]
+    for key, value in card["metrics"].items():
+        values = torch.tensor([score[key] for score in card["seeds"]], dtype=torch.float64)
+        assert value == pytest.approx(values.mean().item()) != values.min().item()
+        assert card["spread"][key] == pytest.approx(values.std().item())
+    text, key = ev.markdown(card), card["headline"]
+    assert f"**KID: {card['metrics'][key]:.4g} ± {card['spread'][key]:.2g}**" in text
+    assert "| metric | mean | spread over 3 seeds |" in text and "| 1797 a seed |" in text
+    assert f"- seed 2: KID {card['seeds'][2][key]:.4g}" in text and "seed 2" not in ev.markdown(one)
+
+
 def test_a_card_survives_its_file_and_its_markdown_tells_the_same(card_of, tmp_path):
-    held_out = ev.score_anchor(random_features(20, 2), random_features(20, 1), 30, ev.EvaluateConfig())
+    held_out = ev.score_anchor(random_features(20, 2), random_features(20, 1), few(num_images=30))
     metrics = {key.replace("fid", "frechet_distance"): value for key, value in held_out["metrics"].items()}
-    card = card_of(anchor=held_out | {"metrics": metrics})
+    card = card_of(num_generated=30, anchor=held_out | {"metrics": metrics})
     ev.write_card(card, tmp_path / "evaluation" / "step_00010000.json")
     names = {"step_00010000.json", "step_00010000.md"}
     assert {path.name for path in (tmp_path / "evaluation").iterdir()} == names
@@ -376,7 +407,7 @@ def test_a_card_survives_its_file_and_its_markdown_tells_the_same(card_of, tmp_p
         f"**KID: {card['metrics']['kernel_distance_mean']:.4g}",
         f"| Frechet distance, not FID | {card['metrics']['frechet_distance']:.4g} | ",
         "| metric | score | 20 held-out images |",
-        "The anchor is not comparable: 20 held-out images stand against 30",
+        "The anchor is not comparable, 20 held-out images against 30 generated ones",
         "| sampler | ddim |",
         f"| torch | {card['versions']['torch']} |",
         ev.extractor_hash(ev.EvaluateConfig(extractor=ev.LITE0)),
@@ -403,3 +434,122 @@ def test_cards_of_other_weights_refuse_to_be_compared(card_of):
     card = card_of()
     with pytest.raises(UserError, match="extractor weights differ"):
         ev.check_comparable([card, card | {"extractor": card["extractor"] | {"sha256": "00" * 32}}])
+
+
+# the commands
+
+
+def script(name: str, options: list, processes: int = 1) -> None:
+    """scripts/name.py: in this process, or under torchrun in several."""
+    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    command = [str(path), *map(str, options)]
+    if processes == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", command)
+            spec = importlib.util.spec_from_file_location(name, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            assert not module.main()
+        return
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29542"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, folders) -> tuple[Path, list]:
+    """A run that was scored while training and keeps what --ema_sweep needs, and its options."""
+    root = tmp_path_factory.mktemp("run")
+    options = """--model.embed_dim 16 --model.depth 2 --model.num_heads 2 --model.patch_size 4
+        --model.num_classes null --model.null_label null --model.unit null --train.label_drop 0
+        --train.num_steps 6 --train.batch_size 4 --train.log_every 1 --train.checkpoint_every 2
+        --train.posthoc_ema [0.05,0.28] --train.preview_every 0 --sample.guidance_scale 1 --sample.steps 2
+        --evaluate.every 3 --evaluate.screen_images 10 --evaluate.num_images 12 --evaluate.num_seeds 2
+        --evaluate.kid_subset_size 10 --data.dataset folder --data.path""".split()
+    options += [folders[1], "--evaluate.cache_dir", root / "cache"]
+    script("train", [*options, "--output_dir", root / "one"])
+    return root / "one", options
+
+
+def cards(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_screening_comes_at_the_same_steps_on_two_processes_and_changes_no_step(run, tmp_path):
+    folder, options = run
+    one = cards(folder / "evaluation" / "screening")
+    assert list(one) == ["step_00000003", "step_00000006"]
+    assert all(
+        "screening" in " ".join(card["notes"]) and card["num_generated"] == 10 for card in one.values()
+    )
+    script("train", [*options, "--output_dir", tmp_path / "two"], processes=2)
+    two = cards(tmp_path / "two" / "evaluation" / "screening")
+    assert list(two) == list(one)
+    for step, card in one.items():
+        assert two[step]["metrics"] == pytest.approx(card["metrics"], rel=1e-2, abs=1e-3)
+    script("train", [*options, "--evaluate.every", 0, "--output_dir", tmp_path / "none"])
+    assert losses(tmp_path / "none") == losses(folder)
+    assert not (tmp_path / "none" / "evaluation").exists()
+
+
+def test_all_checkpoints_and_several_widths_are_scored_into_tables_and_plots(run):
+    folder, _ = run
+    script("evaluate", [folder, "--checkpoints"])
+    script("evaluate", [folder, "--ema_sweep", 0.05, 0.2, "--num_seeds", 1])
+    found = cards(folder / "evaluation")
+    steps = [2, 4, 6]  # the newest three are kept
+    assert [card["provenance"]["step"] for card in found.values()] == steps
+    swept = cards(folder / "evaluation" / "ema_sweep").values()
+    assert [card["provenance"]["sigma_rel"] for card in swept] == [0.05, 0.2]
+    for name, axis, expected in (("checkpoints", steps, found.values()), ("ema_sweep", [0.05, 0.2], swept)):
+        stem = folder / "evaluation" / name
+        rows = list(csv.DictReader(stem.with_suffix(".csv").open()))
+        assert [float(row["step" if name == "checkpoints" else "sigma_rel"]) for row in rows] == axis
+        for row, card in zip(rows, expected, strict=True):
+            assert float(row["frechet_distance"]) == card["metrics"]["frechet_distance"]
+            assert bool(row["frechet_distance_spread"]) == (name == "checkpoints")
+        assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert f"| {axis[-1]} | " in stem.with_suffix(".md").read_text()
+
+
+def test_an_image_folder_that_cannot_be_scored_is_one_line(folders, tmp_path):
+    mixed, broken = tmp_path / "mixed", tmp_path / "broken"
+    for folder in (mixed, broken):
+        save_images(blobs(12, 0), torch.arange(12), folder)
+    Image.new("RGB", (9, 7)).save(mixed / "x.png")
+    (broken / "x.png").write_bytes(b"no image")
+    accelerator, config = (
+        Accelerator(cpu=True),
+        few(extractor=ev.LITE0, extractor_weights=None, num_images=30),
+    )
+    for name, says in (("nowhere", "no folder with images"), ("", "no folder with images")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=says):
+            ev.OneSize(str(tmp_path / "empty" / name))
+    for folder, says in ((mixed, r"x\.png is 9x7, others are 32x32"), (broken, r"x\.png can't be decoded")):
+        with pytest.raises(UserError, match=says):
+            ev.Scorer(replace(config, kid_subset_size=10), ev.OneSize(str(folder)), None, accelerator)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "nothing to score"),
+        (["--generated", "{fake}"], "add --reference DIR"),
+        (["--generated", "{fake}", "--reference", "{real}"], "the 13 images of the generated set"),
+        (["{run}", "--generated", "{fake}", "--checkpoints"], "not with --generated"),
+        (["{run}", "--ema_sweep", 0.3], "0.3 is not between 0.05 and 0.28"),
+        (["{fake}", "--ema_sweep", "--reference", "{real}"], "go with a run"),
+    ],
+)
+def test_what_cannot_be_scored_is_told(run, folders, options, says):
+    places = {"run": run[0], "fake": folders[0], "real": folders[1]}
+    before = sorted(run[0].rglob("*"))
+    with pytest.raises(UserError, match=says):
+        script("evaluate", [str(option).format(**places) for option in options])
+    assert sorted(run[0].rglob("*")) == before

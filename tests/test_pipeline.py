@@ -1,9 +1,14 @@
 """The diffusers pipeline: guidance, labels, saving, and the same images whoever draws them."""
 
+import shutil
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from uvit_dia.checkpoint import RunFolder, export
 from uvit_dia.diffusion import DiffusionConfig, make_sampler, make_scheduler
@@ -37,6 +42,43 @@ def test_image_i_of_a_seed_is_the_same_whoever_draws_it(sampler):
     assert all(torch.equal(alone[i], shared[i]) for i in range(10))
     assert not torch.equal(alone[0], alone[1])
     assert not torch.equal(alone[0], draw(make(), SampleConfig(num_images=1, steps=4, seed=1))[0])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_once_for_all_batches_images_are_those_of_the_plain_network():
+    config = SampleConfig(num_images=5, batch_size=3, steps=3)
+    plain, pipeline = draw(make(), config), make()
+    torch.compiler.reset()
+    counters.clear()
+    compiled = draw(pipeline, replace(config, compile=True))  # batches of 3 and of 2, which is filled up
+    again = draw(pipeline, replace(config, compile=True, num_images=4))
+    assert counters["stats"]["unique_graphs"] == 1 and sorted(compiled) == list(range(5))
+    for i in range(5):
+        assert (plain[i].int() - compiled[i].int()).abs().max() <= 1
+        assert i > 3 or torch.equal(compiled[i], again[i])
+
+
+def test_a_batch_is_handed_out_when_the_next_has_been_launched():
+    pipeline, launched = make(), []
+    pipeline.unet.register_forward_hook(lambda *_: launched.append(1))
+    seen = [len(launched) for _ in generate(pipeline, SampleConfig(num_images=6, batch_size=2, steps=1))]
+    assert seen == [2, 3, 3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU runs behind the host")
+def test_no_step_of_sampling_waits_for_the_device():
+    def waits(steps: int) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            draw(make().to("cuda"), SampleConfig(num_images=4, batch_size=2, steps=steps))
+        return sum("synchronizing" in str(warning.message) for warning in caught)
+
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        few, many = waits(5), waits(20)  # the first call also loads and tunes kernels
+        assert many <= few
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_from_pretrained_gives_the_same_images_from_python(tmp_path):

@@ -191,22 +191,17 @@ def test_going_on_from_a_named_checkpoint_into_a_new_folder(trained, tmp_path):
     assert metrics(tmp_path / "branch") == metrics(trained)[10:]
 
 
-def test_the_benchmark_tells_what_a_unit_costs(tmp_path):
-    options = [
-        "--units",
-        "none,dia_lstm",
-        "--batch_sizes",
-        "4",
-        "--num_timed",
-        2,
-        "--json",
-        tmp_path / "b.json",
-    ]
-    code, err = call("benchmark", *TINY, *options)
-    none, dia = json.loads((tmp_path / "b.json").read_text())["rows"]
+def test_the_benchmark_sets_everything_beside_the_reference(tmp_path):
+    options = "--units reference,none,dia_lstm --batch_sizes 4 --num_timed 2 --tasks train,sample".split()
+    code, err = call("benchmark", *TINY, *options, "--json", tmp_path / "b.json")
     assert code == 0, err
+    reference, none, dia, drawn, _ = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert dia["parameters"] - none["parameters"] == 10 * 16**2 // 4 + 2 * (4 + 4 * 16)
-    assert none["ms_per_step_to_none"] == 1 and dia["ms_inference"] > 0 and dia["mflops_per_image"] > 0
+    assert reference["parameters"] == none["parameters"] and none["ratio_to_none"] == 1
+    ratio = none["images_per_second"] / reference["images_per_second"]
+    assert none["ratio_to_reference"] == pytest.approx(ratio, abs=1e-3)
+    assert all(0 <= row["mfu"] < 1 for row in (reference, none, dia)) and dia["ms_inference"] > 0
+    assert drawn["task"] == "sample" and drawn["images_per_second"] > 0
 
 
 def parquet(path: Path) -> Path:
@@ -239,7 +234,7 @@ BAD = {
     "zero to score": ("evaluate", ["{run}", "--num_images", 0], "evaluate.num_images: 0"),
     "no weights": ("evaluate", ["{run}", "--extractor", "inception-v3-compat"], "efficientnet-lite0"),
     "no reference": ("evaluate", ["{run}/pipeline"], "--reference"),
-    "no such unit": ("benchmark", ["--units", "dia"], "model.unit.kind"),
+    "no such unit": ("benchmark", ["--units", "dia"], "units: 'dia' will not do"),
     "no batch": ("benchmark", ["--batch_sizes", "x"], "batch_sizes"),
     "no run to report": ("report", ["{tmp}"], "config.yaml"),
 }

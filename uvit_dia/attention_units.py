@@ -50,9 +50,14 @@ class LSTMCell(nn.Module):
         self.input_expand, self.hidden_expand = (nn.Linear(width, 4 * dim) for _ in range(2))
 
     def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # (B, N) each
+        pair = torch.stack([y, h])
         if self.input_reduce is not None:
-            y, h = torch.relu(self.input_reduce(y)), torch.relu(self.hidden_reduce(h))  # (B, N/r)
-        return lstm_update(self.input_expand(y) + self.hidden_expand(h), c, self.activation)
+            pair = torch.relu(both(self.input_reduce, self.hidden_reduce, pair))  # (2, B, N/r)
+        weight = torch.cat([self.input_expand.weight, self.hidden_expand.weight], 1)
+        gates = F.linear(
+            torch.cat(pair.unbind(), 1), weight, self.input_expand.bias + self.hidden_expand.bias
+        )
+        return lstm_update(gates, c, self.activation)
 
 
 class LightCell(nn.Module):
@@ -67,10 +72,16 @@ class LightCell(nn.Module):
         self.input_shift, self.hidden_shift = (nn.Parameter(torch.zeros(4, dim)) for _ in range(2))
 
     def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        u, v = torch.relu(self.input_reduce(y)), torch.relu(self.hidden_reduce(h))  # (B, N/r)
-        u, v = (repeat(w, "b k -> b 1 (r k)", r=self.reduction) for w in (u, v))  # the paper leaves it open
+        pair = torch.relu(both(self.input_reduce, self.hidden_reduce, torch.stack([y, h])))  # (2, B, N/r)
+        u, v = repeat(pair, "two b k -> two b 1 (r k)", r=self.reduction)  # the paper leaves it open
         z = self.input_scale * u + self.input_shift + self.hidden_scale * v + self.hidden_shift  # (B, 4, N)
         return lstm_update(rearrange(z, "b four n -> b (four n)"), c, self.activation)
+
+
+def both(first: nn.Linear, second: nn.Linear, pair: Tensor) -> Tensor:
+    """first(pair[0]) and second(pair[1]) in one product: at small batches launching two costs more."""
+    products = torch.bmm(pair, torch.stack([first.weight, second.weight]).mT)  # (2, B, out)
+    return products if first.bias is None else products + torch.stack([first.bias, second.bias])[:, None]
 
 
 def reduced(dim: int, reduction: int | None) -> int:

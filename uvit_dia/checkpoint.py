@@ -94,7 +94,10 @@ def read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
         raise BadCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
     if wrong:
         raise BadCheckpoint(f"{folder}: {', '.join(wrong)}: not as written (checksum)")
-    return {Path(name).stem: load(data) for name, data in content.items()}, info
+    try:
+        return {Path(name).stem: load(data) for name, data in content.items()}, info
+    except SafetensorError as error:  # though its checksum is right: made by somebody
+        raise BadCheckpoint(f"{folder}: its tensors are no safetensors ({error})") from error
 
 
 def folders(root: Path) -> list[Path]:
@@ -117,7 +120,7 @@ class RunFolder:
         self.config, self.metrics = root / "config.yaml", root / "metrics.jsonl"
         self.checkpoints, self.pipeline = root / "checkpoints", root / "pipeline"
         self.samples, self.evaluation = root / "samples", root / "evaluation"
-        self.report = root / "report.html"
+        self.posthoc, self.report = root / "posthoc", root / "report.html"
 
     def newest_good(self) -> Path | None:
         """The newest checkpoint that reads as written, or None; newer, bad ones are named and set aside.

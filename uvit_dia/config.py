@@ -5,10 +5,11 @@ import subprocess
 from dataclasses import asdict, dataclass
 from inspect import getsource, unwrap
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from uvit_dia.attention_units import UNITS
 from uvit_dia.checkpoint import aside
@@ -40,6 +41,35 @@ class Config:
     train: TrainConfig
     sample: SampleConfig
     evaluate: EvaluateConfig
+
+
+class ConfigFile(ActionConfigFile):
+    """`--config FILE`, which may come from anyone: what would have jsonargparse import or open is refused."""
+
+    def __call__(self, parser: Any, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        try:
+            content = yaml.safe_load(Path(values).read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"--config: {values} can't be parsed as YAML ({why}); mend or leave it") from None
+        if not isinstance(content, dict):
+            raise ConfigError("--config", values, "a file of settings, such as train: {batch_size: 32}")
+        sections = {name: content[name] for name in ("model", *SECTIONS) if name in content}
+        for name, section in sections.items():
+            if not isinstance(section, dict):
+                raise ConfigError(name, section, "a mapping of settings")
+        if isinstance(unit := content.get("model", {}).get("unit"), str):
+            raise ConfigError("model.unit", unit, f"null or a mapping with kind, {one_of('', list(UNITS))}")
+        keys = [*map(str, content), *all_keys(sections)]
+        if odd := [key for key in keys if "." in key or key in ("class_path", "config")]:
+            raise UserError(f"{odd[0]}: no such key in {values}")
+        super().__call__(parser, cfg, values, option_string)
+
+
+def all_keys(content: Any) -> list[str]:
+    """The keys of mappings in mappings."""
+    items = content.items() if isinstance(content, dict) else ()
+    return [name for key, value in items for name in (str(key), *all_keys(value))]
 
 
 class Parser(ArgumentParser):
@@ -77,7 +107,8 @@ class Parser(ArgumentParser):
             return f"{name}: no such key{nearest(name, keys)}"
         plain_type = r'Parser key "([\w.]+)":\s*Expected a (.*?)\. Got value: (.*)'
         union_type = r'Parser key "([\w.]+)":.*?Subtypes: \[(.*?)\]\n.*Given value: (.*)'
-        for pattern in (plain_type, union_type):
+        restricted_type = r'Parser key "([\w.]+)":\s*Not of type (.*?): (.*) does not conform'
+        for pattern in (plain_type, union_type, restricted_type):
             if wrong := re.search(pattern, message, re.DOTALL):
                 return f"{wrong[1]}: {wrong[3]!r} will not do; expected {types(wrong[2])}"
         return message
@@ -85,11 +116,11 @@ class Parser(ArgumentParser):
     def one_line_of_unit(self, message: str) -> str:
         """The same for model.unit, whose message stands inside one that lists null as the other type."""
         found = re.search(r"Errors:\s*- (.*?)\n\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
-        inner = found[1] if found else message
+        inner = found[1] if found else "import path"
         if "arguments are required: kind" in inner:
             return f"model.unit.kind: missing; {one_of('', list(UNITS))}"
         line = self.one_line(inner)
-        if "import path" in line:
+        if "import path" in line or "class_path" in line:
             return f"model.unit: expected null or a mapping with kind, one of {', '.join(UNITS)}"
         return line if line.startswith("model.unit.") else f"model.unit.{line}"
 
@@ -102,7 +133,7 @@ def types(names: str) -> str:
 def run_parser(description: str) -> Parser:
     """The parser of a run's Config: `--config` (layered in order), then any `--section.field value`."""
     parser = Parser(description)
-    parser.add_argument("--config", action="config", help="a YAML file; several merge field by field")
+    parser.add_argument("--config", action=ConfigFile, help="a YAML file; several merge field by field")
     parser.add_argument("--output_dir", type=str, help="the run's folder; else runs/ and the config's name")
     parser.add_settings(UViT, "model")
     for section, settings in SECTIONS.items():
@@ -114,9 +145,10 @@ def to_config(parser: Parser, parsed: Namespace) -> Config:
     """Type and check what was parsed; ConfigError or UserError where it does not hold together."""
     files = parsed.config or []
     name = Path(str(files[-1])).stem if files else "digits"
-    for section in ("model", *SECTIONS):
-        if not isinstance(parsed[section], Namespace):
-            raise ConfigError(section, parsed[section], "a mapping of settings")
+    for section, settings in {"model": UViT.__init__, **SECTIONS}.items():
+        for key, kind in get_type_hints(settings).items():
+            if parsed[section].get(key, True) is None and NoneType not in get_args(kind):
+                raise ConfigError(f"{section}.{key}", None, types(str(kind)))
     try:
         made = parser.instantiate(parsed)
         model = vars(made.model)
@@ -134,9 +166,11 @@ def save(config: Config, path: Path, header: dict[str, str]) -> None:
         partial.write_text("".join(lines) + yaml.safe_dump(plain(asdict(config)), sort_keys=False))
 
 
-def load(path: Path) -> Config:
-    """The Config that `save` wrote."""
-    parser = run_parser("")
+def load(path: Path, parser: Parser | None = None) -> Config:
+    """The Config that `save` wrote, by a parser at hand, to save time; UserError where there is none."""
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no run, as it has no {path.name}")
+    parser = parser or run_parser("")
     return to_config(parser, parser.parse_args(["--config", str(path)]))
 
 

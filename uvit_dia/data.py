@@ -1,6 +1,7 @@
 """Images and their one order: sets decoded to uint8, and batches that depend on nothing but seed and step."""
 
 import hashlib
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from uvit_dia.errors import ConfigError, UserError, check_least, one_of
 from uvit_dia.random_keys import Stream, numpy_generator
 
+FORMATS = "PNG JPEG WEBP BMP GIF TIFF PPM".split()  # without EPS, on which Pillow runs Ghostscript
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -52,7 +54,10 @@ class DataConfig:
 
 @dataclass(eq=False)
 class ImageSet(Dataset):
-    """`images[i]` is (uint8 (C, H, W), int label); UserError names a file or row that is no image."""
+    """`images[i]` is (uint8 (C, H, W), int label); UserError names a file or row that is no image.
+
+    Files are read when their pixels are needed: one that goes while training streams is such an error too.
+    """
 
     name: str  # for people: "digits/train"
     rows: Any  # rows[indices] gives as many arrays of pixels, encoded files, paths or the Hub's cells
@@ -76,7 +81,9 @@ class ImageSet(Dataset):
                 pixels[j] = decode(row, size, channels).reshape(size, size, channels)
             except Exception as error:  # Pillow's decoders raise some ten types
                 where = row if isinstance(row, str) else f"row {indices[j]} of {self.name}"
-                why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+                why = getattr(error, "strerror", None) or error  # without the path again
+                if isinstance(error, UnidentifiedImageError):
+                    why = f"none of {', '.join(FORMATS)}"
                 raise UserError(f"{where} can't be decoded as an image ({why}); mend or remove it") from None
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
@@ -188,12 +195,11 @@ def hub(config: DataConfig, split: str, chosen: str) -> Source:
     name, column = f"{path.name.removesuffix('.parquet')}/{chosen}", config.label_column or "label"
     labels = table.data.column(column).to_numpy() if column in names else np.empty(0)
     if np.issubdtype(labels.dtype, np.integer) and (labels >= 0).all():  # -1: withheld by the Hub
-        num_labels = getattr(kinds[column], "num_classes", None) or int(labels.max(initial=0)) + 1
-        return name, rows, labels, num_labels
-    if config.label_column is None:
-        return name, rows, np.zeros(len(rows)), None
-    expected = f"class numbers from 0, {one_of(column, names)}"
-    raise ConfigError("data.label_column", column, expected)
+        named = getattr(kinds[column], "num_classes", None) or 0  # whose file may hold others all the same
+        return name, rows, labels, max(named, int(labels.max(initial=0)) + 1)
+    if config.label_column is not None:
+        raise ConfigError("data.label_column", column, f"class numbers from 0, {one_of(column, names)}")
+    return name, rows, np.zeros(len(rows)), None
 
 
 SOURCES = {"digits": digits, "cifar10": cifar10, "folder": folder, "hub": hub}
@@ -202,12 +208,13 @@ SOURCES = {"digits": digits, "cifar10": cifar10, "folder": folder, "hub": hub}
 def decode(row: np.ndarray | bytes | str | dict, sample_size: int, in_channels: int) -> np.ndarray:
     """One image (pixels, an encoded file, its path, a cell) as uint8 (sample_size, sample_size[, 3]).
 
-    Upright by its EXIF tag, the first frame of an animation, transparency over white, 16 bits scaled to 8.
-    The shorter side is resized to `sample_size` (antialiased bicubic), and the centre cropped.
+    Upright by its EXIF tag, the first frame of an animation, transparency over white, 16 bits scaled to 8;
+    the centre square is resized (antialiased bicubic). Pillow refuses more than 178,956,970 pixels.
     """
     row = (row["bytes"] or row["path"]) if isinstance(row, dict) else row
     file = BytesIO(row) if isinstance(row, bytes) else row
-    with Image.fromarray(file) if isinstance(file, np.ndarray) else Image.open(file) as image:
+    opened = Image.fromarray(row) if isinstance(row, np.ndarray) else Image.open(file, formats=FORMATS)
+    with opened as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":  # grey of 16 bits, which Pillow would clip, or of 32
             values = np.asarray(image)
@@ -218,18 +225,18 @@ def decode(row: np.ndarray | bytes | str | dict, sample_size: int, in_channels: 
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if in_channels == 1 else "RGB")
-    size = tuple(round(side * sample_size / min(image.size)) for side in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = ((side - sample_size) // 2 for side in image.size)
-    return np.asarray(image.crop((left, top, left + sample_size, top + sample_size)))
+    side = min(image.size)  # the whole of a strip of 1 x 100,000 would be resized to gigabytes
+    left, top = ((length - side) // 2 for length in image.size)
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((sample_size, sample_size), Image.Resampling.BICUBIC, box))
 
 
 def read(images: ImageSet, batches: Iterable[Sequence[int]], num_workers: int) -> Iterator[Tensor]:
     """The pixels of each batch of numbers, uint8 (b, C, H, W). Closing the iterator ends its workers."""
-    options = {"num_workers": num_workers, "worker_init_fn": ignore_signals, "generator": torch.Generator()}
-    options |= {"batch_sampler": batches, "collate_fn": partial(decode_in_worker, images)}
+    options: dict[str, Any] = {"worker_init_fn": ignore_signals, "generator": torch.Generator()}
+    options |= {"collate_fn": partial(decode_in_worker, images), "num_workers": num_workers}
     # no variable holds the iterator, since the traceback of an error keeps them, and so the workers, alive
-    for pixels in DataLoader(range(len(images)), **options):
+    for pixels in DataLoader(range(len(images)), batch_sampler=batches, **options):
         if isinstance(pixels, UserError):
             raise pixels
         yield pixels
@@ -255,11 +262,10 @@ def read_all(images: ImageSet) -> Iterator[Tensor]:
     return read(images, BatchSampler(range(len(images)), 512, drop_last=False), num_workers)
 
 
-def materialize(images: ImageSet, limit_gib: float) -> tuple[Tensor, Tensor] | None:
-    """The whole set: uint8 (n, C, H, W) and int64 (n,); None if the pixels take more than `limit_gib`."""
-    if len(images) * np.prod(images.shape) > limit_gib * 2**30:
-        return None
-    return torch.cat(list(read_all(images))), torch.from_numpy(images.labels)
+def materialize(images: ImageSet, limit_gib: float) -> Tensor | None:
+    """The pixels of the whole set, uint8 (n, C, H, W); None if they take more than `limit_gib`."""
+    fits = len(images) * math.prod(images.shape) <= limit_gib * 2**30
+    return torch.cat(list(read_all(images))) if fits else None
 
 
 def content_hash(images: ImageSet) -> str:
@@ -305,8 +311,8 @@ class Batches:
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.device)
-        in_memory = materialize(self.images, self.config.in_memory_gib)
-        self.pixels = in_memory[0].to(self.device) if in_memory else None  # (n, C, H, W) uint8
+        pixels = materialize(self.images, self.config.in_memory_gib)
+        self.pixels = None if pixels is None else pixels.to(self.device)  # (n, C, H, W) uint8
         self.labels = torch.from_numpy(self.images.labels).to(self.device)  # (n,)
         self.share = np.array_split(np.arange(self.batch_size), self.world)[self.rank]  # (b,)
 

@@ -12,7 +12,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from uvit_dia.errors import ConfigError, one_of
+from uvit_dia.errors import ConfigError, check_least, one_of
 
 SAMPLERS = {
     "ddpm": DDPMScheduler,
@@ -32,8 +32,7 @@ class DiffusionConfig:
     min_snr_gamma: float | None = None  # caps the weight of easy timesteps (arXiv 2303.09556); 5 is usual
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 1:
-            raise ConfigError("diffusion.num_train_timesteps", self.num_train_timesteps, "1 or more")
+        check_least("diffusion", self, num_train_timesteps=1)
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ConfigError("diffusion.min_snr_gamma", self.min_snr_gamma, "null or more than 0")
 

@@ -1,9 +1,11 @@
 """What people can mend: one line that says what, where and what to do, and exit code 2."""
 
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 
@@ -27,6 +29,27 @@ def check_least(section: str, settings: Any, **least: float) -> None:
             raise ConfigError(f"{section}.{name}", getattr(settings, name), f"{bound} or more")
 
 
+def check_place(option: str, path: str, suffixes: Iterable[str] = ()) -> None:
+    """ConfigError unless a folder, or with suffixes a file of one of them, can be written at `path`.
+
+    Asked before the work whose result it is: a slip of the pen must not cost hours.
+    """
+    place, names = Path(path), sorted(suffixes)
+    if names and place.suffix.lower() not in names:
+        raise ConfigError(option, path, f"a file name that ends in {' or '.join(names)}")
+    there = next(part for part in (place, *place.parents) if part.exists())
+    folder_wanted = there != place or not names
+    if not path or there.is_dir() != folder_wanted or not os.access(there, os.W_OK):
+        raise ConfigError(option, path, f"a place where a {'file' if names else 'folder'} can be written")
+
+
+def check_compiler(key: str, device_type: str) -> None:
+    """ConfigError where torch.compile would fail at the first step: on a CPU it needs a C++ compiler."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device_type == "cpu" and shutil.which(compiler.split()[0]) is None:
+        raise ConfigError(key, True, f"false, or a C++ compiler: there is no {compiler} (CXX names another)")
+
+
 def nearest(name: str, known: list[str]) -> str:
     """The end of an error line that offers the nearest known name: "; did you mean 'x'?", or nothing."""
     matches = get_close_matches(name, known, n=1, cutoff=0.5)
@@ -43,6 +66,11 @@ def run(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        line, code = str(error), error.exit_code
+    except OSError as error:  # of files: no permission, a full disk, a folder where a file should be
+        if error.filename is None:
+            raise
+        line, code = f"{error.filename}: {error.strerror}; mend that, or name another place", 2
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    return code

@@ -9,30 +9,37 @@ from dataclasses import asdict, dataclass, replace
 from http.client import HTTPException
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import chain, islice
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal
 
+import numpy as np
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from uvit_dia.data import ImageSet, content_hash, read_all
+from uvit_dia.data import FORMATS, SUFFIXES, ImageSet, content_hash, read
 from uvit_dia.errors import ConfigError, UserError, check_least
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
 from uvit_dia.sampling import SampleConfig, generate
 
 Device, Facts = torch.device | str, dict[str, Any]  # Facts: what goes into JSON
+Batch = tuple[Tensor, Tensor]  # indices (b,) and their images, uint8 (b, 1 or 3, H, W)
 INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
 NUM_SPLITS = 10  # the Inception score is a mean over ten splits: with fewer images than that, one is empty
 PACKAGES = ["torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "ema-pytorch", "uvit_dia"]
@@ -44,19 +51,31 @@ class EvaluateConfig:
     """How generated images are scored."""
 
     num_images: int = 50_000  # to generate and score
+    num_seeds: int = 1  # sample.seed and those that follow, scored one by one: the card has mean and spread
+    every: int = 0  # steps between screening scores in training, which waits for them; 0: none
+    screen_images: int = 5_000  # for such a score
     extractor: Literal["inception-v3-compat", "efficientnet-lite0"] = INCEPTION  # only the first gives FID
     extractor_weights: str | None = None  # a file with the extractor's weights; null: downloaded or packaged
     batch_size: int = 256  # of feature extraction, per process
     kid_subsets: int = 100  # the kernel distance (KID) is a mean over this many random subsets
-    kid_subset_size: int = 1_000  # images in each; cut to the smaller set
+    kid_subset_size: int = 1_000  # images in each; no more than are scored
     cache_dir: str = "~/.cache/uvit_dia/features"  # where the reference's features are kept
     seed: int = 2020  # of the subsets and splits; torch-fidelity's default, so its own command agrees
 
     def __post_init__(self) -> None:
         if self.extractor not in (INCEPTION, LITE0):
             raise ConfigError("evaluate.extractor", self.extractor, f"{INCEPTION} or {LITE0}")
-        least = {"num_images": NUM_SPLITS, "batch_size": 1, "kid_subsets": 1, "kid_subset_size": 2, "seed": 0}
-        check_least("evaluate", self, **least)
+        least = dict(num_images=NUM_SPLITS, kid_subset_size=2, every=0, seed=0)
+        check_least("evaluate", self, **least, num_seeds=1, batch_size=1, kid_subsets=1)
+        self.check_subsets(self.num_images, "of the generated set")
+        if self.every:
+            self.check_subsets(self.screen_images, "of evaluate.screen_images")
+
+    def check_subsets(self, count: int, what: str) -> None:
+        """ConfigError where a set has fewer images than a subset of the kernel distance."""
+        if self.kid_subset_size > count:
+            remedy = f"at most the {count:,} images {what}: --kid_subset_size {count}"
+            raise ConfigError("evaluate.kid_subset_size", self.kid_subset_size, remedy)
 
 
 @dataclass(frozen=True)
@@ -142,39 +161,32 @@ def load_extractor(config: EvaluateConfig, device: Device) -> nn.Module:
     return extractor.to(device)
 
 
-def rebatched(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """The same images in the same order in batches of `size`; the last may be smaller."""
-    stream = chain.from_iterable([images] if isinstance(images, Tensor) else images)  # of (C, H, W)
-    while batch := list(islice(stream, size)):
-        yield torch.stack(batch)
-
-
 def extract(
-    extractor: nn.Module, images: Iterable[Tensor], batch_size: int, device: Device, progress: int = 0
+    extractor: nn.Module, batches: Iterable[Batch], batch_size: int, accelerator: Accelerator, count: int = 0
 ) -> Features:
-    """Features of uint8 images (b, 1 or 3, H, W), one tensor or batches; `progress`: how many, to show it."""
-    parts = [(torch.empty(0), torch.empty(0))]  # of which torch.cat makes nothing
-    with tqdm(total=progress, desc="features", unit="image", disable=not progress) as bar:
-        for batch in rebatched(images, batch_size):
-            if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] not in (1, 3):
-                raise ValueError(f"not uint8 images (b, 1 or 3, H, W): {batch.dtype} {tuple(batch.shape)}")
-            with torch.inference_mode():
-                parts.append([x.float().cpu() for x in extractor(batch.to(device).expand(-1, 3, -1, -1))])
-            bar.update(len(batch))
-    return Features(*map(torch.cat, zip(*parts, strict=True)))
+    """Features of all processes' images, in the order of their indices; a collective call.
 
-
-def gather(local: Features, indices: Tensor) -> Features:
-    """All processes' Features, whose rows are the images `indices` (n,), in order; a collective call."""
-    pieces = [(indices.cpu(), local)]
-    if dist.is_available() and dist.is_initialized():
-        pieces *= dist.get_world_size()
-        dist.all_gather_object(pieces, pieces[0])  # as objects: NCCL moves no CPU tensors
-    order = torch.cat([where for where, _ in pieces])  # (all,)
-    if not torch.equal(order.sort().values, torch.arange(len(order))):
-        raise ValueError(f"the indices of {len(order)} gathered images have gaps or doubles")
-    features, logits = (torch.cat([getattr(x, name) for _, x in pieces]) for name in ("features", "logits"))
-    return Features(features, logits)[order.argsort()]
+    `count`: how many images in all, to show progress. ValueError for what is not uint8, or indices with gaps.
+    """
+    parts = [
+        (torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0))
+    ]  # for a process without images
+    expected = count // accelerator.num_processes if accelerator.is_main_process else 0
+    with tqdm(total=expected, desc="features", unit="image", disable=not expected) as bar:
+        for indices, images in batches:
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+                raise ValueError(f"not uint8 images (b, 1 or 3, H, W): {images.dtype} {tuple(images.shape)}")
+            for where, part in zip(indices.split(batch_size), images.split(batch_size), strict=True):
+                with torch.inference_mode():
+                    seen = extractor(part.to(accelerator.device).expand(-1, 3, -1, -1))
+                parts.append((where, *(x.float().cpu() for x in seen)))
+                bar.update(len(part))
+    local = [torch.cat(x) for x in zip(*parts, strict=True)]
+    pieces = gather_object([local])  # as objects: NCCL moves no CPU tensors
+    indices, features, logits = (torch.cat(x) for x in zip(*pieces, strict=True))
+    if not torch.equal(indices.sort().values, torch.arange(len(indices))):
+        raise ValueError(f"the indices of {len(indices)} gathered images have gaps or doubles")
+    return Features(features, logits)[indices.argsort()]
 
 
 def score(generated: Features, reference: Features, config: EvaluateConfig, device: Device = "cpu") -> Facts:
@@ -189,13 +201,15 @@ def score(generated: Features, reference: Features, config: EvaluateConfig, devi
         raise UserError(f"{counts} are too few to score: both sides need {NUM_SPLITS} or more")
     if not all(x.isfinite().all() for x in (*sides, generated.logits)):
         raise UserError(f"{config.extractor} gave features that are not finite; check its weights file")
-    frechet = fid_statistics_to_metric(*map(fid_features_to_statistics, sides), verbose=False)
+    with threadpool_limits(1):  # the eigenvalues take three times as long on two threads
+        frechet = fid_statistics_to_metric(*map(fid_features_to_statistics, sides), verbose=False)
     size = min(config.kid_subset_size, *map(len, sides))
-    options = dict(kid_subsets=config.kid_subsets, kid_subset_size=size, rng_seed=config.seed, verbose=False)
-    kernel = kid_features_to_metric(*sides, **options)
+    options = dict(kid_subsets=config.kid_subsets, kid_subset_size=size, rng_seed=config.seed)
     # in parts: 2,500 rows of distances to 50,000 images are 0.5 GB, the whole matrix is 10 GB
-    options = dict(save_cpu_ram=True, prc_batch_size=2_500, verbose=False)
-    neighbours = prc_features_to_metric(*(x.to(device) for x in sides), **options)
+    options |= dict(save_cpu_ram=True, prc_batch_size=2_500, verbose=False)
+    with threadpool_limits(os.cpu_count()):  # of these launchers leave a process one
+        kernel = kid_features_to_metric(*sides, **options)
+        neighbours = prc_features_to_metric(*(x.to(device) for x in sides), **options)
     return {
         "fid" if config.extractor == INCEPTION else "frechet_distance": frechet["frechet_inception_distance"],
         **{key.replace("kernel_inception", "kernel"): value for key, value in kernel.items()},
@@ -205,16 +219,13 @@ def score(generated: Features, reference: Features, config: EvaluateConfig, devi
 
 
 def score_anchor(
-    held_out: Features, reference: Features, count: int, config: EvaluateConfig, device: Device = "cpu"
+    held_out: Features, reference: Features, config: EvaluateConfig, device: Device = "cpu"
 ) -> Facts:
-    """What held-out real images score: comparable only at equal counts, so of more only `count` are drawn."""
-    n = min(len(held_out), count)
+    """What held-out real images score: comparable only at equal counts, so of more only some are drawn."""
+    n = min(len(held_out), config.num_images)
     drawn = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(config.seed))[:n]
-    reason = f"{n:,} held-out images stand against {count:,} generated ones"
-    if n < count:
-        reason += ", and the Frechet distance grows as the count falls; only the kernel distance compares"
     metrics = score(held_out[drawn], reference, config, device)
-    return {"metrics": metrics, "num_images": n, "comparable": n == count, "reason": reason}
+    return {"metrics": metrics, "num_images": n, "comparable": n == config.num_images}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -228,23 +239,112 @@ def write_atomically(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def features_of(
-    images: ImageSet, extractor: nn.Module, config: EvaluateConfig, device: Device
-) -> tuple[Features, Facts]:
-    """Features of real images, cached by all that they depend on, and what the card says of the images."""
-    about = {"name": images.name, "sha256": content_hash(images), "num_images": len(images)}
-    key = f"{config.extractor}-{extractor_hash(config)[:16]}-{about['sha256'][:16]}-{len(images)}"
-    path = Path(config.cache_dir).expanduser() / f"{key}.features"
-    content = path.read_bytes() if path.is_file() else b""  # safetensors after their SHA-256
-    if hashlib.sha256(content[32:]).digest() == content[:32]:
-        return Features(**safetensors.torch.load(content[32:])), about
-    features = extract(extractor, read_all(images), config.batch_size, device, len(images))
-    content = safetensors.torch.save(vars(features))
-    try:
-        write_atomically(path, hashlib.sha256(content).digest() + content)
-    except OSError as error:
-        raise ConfigError("evaluate.cache_dir", config.cache_dir, f"room to write: {error}") from error
-    return features, about
+class OneSize(ImageSet):
+    """The images of a folder as torch-fidelity reads them: RGB, at their own size, which all must share."""
+
+    def __init__(self, folder: str) -> None:
+        paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise UserError(f"{folder}: no folder with images; name one with files of {' '.join(SUFFIXES)}")
+        super().__init__(folder, np.array(paths, dtype=object), np.zeros(len(paths)), None, (), num_workers=4)
+        self.shape = self.decode([0]).shape[1:]
+
+    def decode(self, indices: Sequence[int]) -> Tensor:
+        images = []
+        for path in self.rows[indices]:
+            try:
+                images.append(
+                    pil_to_tensor(Image.open(path, formats=FORMATS).convert("RGB"))
+                )  # (3, H, W) uint8
+            except Exception as error:  # Pillow's decoders raise some ten types
+                raise UserError(f"{path} can't be decoded as an image ({error}); mend or remove it") from None
+            _, height, width = images[-1].shape
+            if self.shape and (height, width) != self.shape[1:]:
+                other = f"{width}x{height}, others are {self.shape[2]}x{self.shape[1]}"
+                raise UserError(f"{path} is {other}: images of one folder must share a size; resize them")
+        return torch.stack(images)
+
+
+class Scorer:
+    """The extractor and the real images that many scores share; its methods are collective calls."""
+
+    def __init__(
+        self, config: EvaluateConfig, reference: ImageSet, held_out: ImageSet | None, accelerator: Accelerator
+    ) -> None:
+        config.check_subsets(len(reference), f"of {reference.name}")
+        self.config, self.accelerator, device = config, accelerator, accelerator.device
+        self.extractor = load_extractor(config, device)
+        self.reference, self.described = self.features_of(reference)
+        self.anchor = None
+        if held_out is not None:
+            real, _ = self.features_of(held_out)
+            if accelerator.is_main_process:
+                self.anchor = score_anchor(real, self.reference, config, device)
+
+    def features(self, batches: Iterable[Batch], count: int) -> Features:
+        return extract(self.extractor, batches, self.config.batch_size, self.accelerator, count)
+
+    def share(self, images: ImageSet) -> Iterator[Batch]:
+        """What this process reads of a set."""
+        own = range(self.accelerator.process_index, len(images), self.accelerator.num_processes)
+        numbers = list(BatchSampler(own, 512, drop_last=False))
+        workers = min(images.num_workers, len(own) // 2_000)  # starting one costs about 2,000 small images
+        return zip(map(torch.tensor, numbers), read(images, numbers, workers), strict=True)
+
+    def features_of(self, images: ImageSet) -> tuple[Features, Facts]:
+        """Of real images, cached by all that they depend on, and what the card says of the images."""
+        config, known = self.config, [None, False]
+        if main := self.accelerator.is_main_process:
+            about = {"name": images.name, "sha256": content_hash(images), "num_images": len(images)}
+            key = f"{config.extractor}-{extractor_hash(config)[:16]}-{about['sha256'][:16]}-{len(images)}"
+            path = Path(config.cache_dir).expanduser() / f"{key}.features"
+            content = path.read_bytes() if path.is_file() else b""  # safetensors after their SHA-256
+            known = [about, hashlib.sha256(content[32:]).digest() == content[:32]]
+        about, cached = broadcast_object_list(known)
+        if cached:
+            return (Features(**safetensors.torch.load(content[32:])) if main else None), about
+        features = self.features(self.share(images), len(images))
+        if main:
+            content = safetensors.torch.save(vars(features))
+            try:
+                write_atomically(path, hashlib.sha256(content).digest() + content)
+            except OSError as error:
+                raise ConfigError(
+                    "evaluate.cache_dir", config.cache_dir, f"room to write ({error})"
+                ) from error
+        return features, about
+
+    def score_pipeline(self, pipeline: UViTPipeline, sample: SampleConfig, about: Facts) -> Facts | None:
+        """Draw config.num_images a seed: the card on the main process, None on the others.
+
+        about: where the pipeline comes from, for the card's provenance: step, ema_decay, ...
+        """
+        sample = replace(sample, num_images=self.config.num_images)
+        share = (Stream.SAMPLING, self.accelerator.process_index, self.accelerator.num_processes)
+        seeds = range(sample.seed, sample.seed + self.config.num_seeds)
+        draws = {seed: generate(pipeline, replace(sample, seed=seed), *share) for seed in seeds}
+        parameters = sum(p.numel() for p in pipeline.unet.parameters())
+        return self.card(draws, about | asdict(sample) | {"parameters": parameters})
+
+    def score_images(self, images: ImageSet) -> Facts | None:
+        """The card of a set of config.num_images generated images, likewise."""
+        digest = content_hash(images) if self.accelerator.is_main_process else ""
+        return self.card({None: self.share(images)}, {"generated": images.name, "generated sha256": digest})
+
+    def card(self, draws: dict[int | None, Iterable[Batch]], provenance: Facts) -> Facts | None:
+        """Score the images of each seed; the FID card: mean, spread, and all that they depend on."""
+        started, device, scores = time.perf_counter(), self.accelerator.device, []
+        for seed, batches in draws.items():
+            generated = self.features(batches, self.config.num_images)
+            if self.accelerator.is_main_process:
+                scores.append({"seed": seed} | score(generated, self.reference, self.config, device))
+        self.accelerator.wait_for_everyone()
+        provenance |= {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "processes": self.accelerator.num_processes,
+            "wall time": f"{time.perf_counter() - started:.0f} s",
+        }
+        return make_card(scores, self.config, self.described, provenance, self.anchor) if scores else None
 
 
 def versions() -> dict[str, str]:
@@ -252,57 +352,54 @@ def versions() -> dict[str, str]:
 
 
 def make_card(
-    metrics: Facts,
+    seeds: list[Facts],
     config: EvaluateConfig,
     reference: Facts,
-    num_generated: int,
     provenance: Facts,
     anchor: Facts | None = None,
 ) -> Facts:
-    """The FID card: metrics with all that they depend on, which to quote (`headline`) and what to know."""
-    fewest, notes = min(num_generated, reference["num_images"]), []
+    """The FID card of a score a seed: mean and spread, which to quote (`headline`) and what to know."""
+    fewest, notes = min(config.num_images, reference["num_images"]), []
     frechet = "fid" if config.extractor == INCEPTION else "frechet_distance"
     if fewest < 10_000:
         notes += ["Under 10,000 images KID is the headline: the Frechet distance is biased upward there."]
     if config.extractor != INCEPTION:
         notes += [f"On {config.extractor} the Frechet distance is not FID: compare only with its like."]
+    if provenance.get("screening"):
+        notes += ["A screening score, to watch a run by: too few images to be quoted."]
     if anchor and not anchor["comparable"]:
-        notes += [f"The anchor is not comparable: {anchor['reason']}."]
+        counts = f"{anchor['num_images']:,} held-out images against {config.num_images:,} generated ones"
+        notes += [f"The anchor is not comparable, {counts}: the Frechet distance falls as counts grow."]
+    values = {key: [score[key] for score in seeds] for key in seeds[0] if key != "seed"}
     return {
         "headline": "kernel_distance_mean" if fewest < 10_000 else frechet,
         "notes": notes,
-        "metrics": metrics,
+        "metrics": {key: fmean(found) for key, found in values.items()},
+        "spread": {key: stdev(found) for key, found in values.items()} if len(seeds) > 1 else None,
+        "seeds": seeds,
         "anchor": anchor,
         "extractor": {"name": config.extractor, "sha256": extractor_hash(config)},
         "reference": reference,
-        "num_generated": num_generated,
-        "kid": {"subsets": config.kid_subsets, "subset_size": min(config.kid_subset_size, fewest)},
+        "num_generated": config.num_images,
+        "kid": {"subsets": config.kid_subsets, "subset_size": config.kid_subset_size},
         "score_seed": config.seed,
         "provenance": provenance,
         "versions": versions(),
     }
 
 
+def label(metric: str) -> str:
+    return LABELS.get(metric, metric.replace("_", " "))
+
+
+def render(template: str, **values: Any) -> str:
+    environment = Environment(loader=PackageLoader("uvit_dia"), trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(template).render(label=label, **values)
+
+
 def markdown(card: Facts) -> str:
     """The card for people: the headline, its notes, a table of metrics, a table of what they depend on."""
-    metrics, anchor, extractor = card["metrics"], card["anchor"], card["extractor"]["name"]
-    names = {key: LABELS.get(key, key.replace("_", " ")) for key in metrics}
-    held_out = f"{anchor['num_images']:,} held-out images" if anchor else ""
-    facts = {"generated images": card["num_generated"], "score seed": card["score_seed"]}
-    for part in ("reference", "extractor", "kid"):
-        facts |= {f"{part} {key}": value for key, value in card[part].items()}
-    lines = [
-        f"# {'FID' if extractor == INCEPTION else 'Evaluation'} card\n",
-        f"**{names[card['headline']]}: {metrics[card['headline']]:.4g}** ({extractor})\n",
-        *(f"{note}\n" for note in card["notes"]),
-        f"| metric | score | {held_out} |",
-        "|---|---|---|",
-    ]
-    for key, value in metrics.items():
-        lines += [f"| {names[key]} | {value:.4g} | " + (f"{anchor['metrics'][key]:.4g} |" if anchor else "|")]
-    lines += ["\n| provenance | |\n|---|---|"]
-    facts |= card["provenance"] | card["versions"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in facts.items())]) + "\n"
+    return render("card.md", card=card, is_fid=card["extractor"]["name"] == INCEPTION)
 
 
 def write_card(card: Facts, path: Path) -> None:
@@ -324,45 +421,3 @@ def check_comparable(cards: Sequence[Facts]) -> None:
         found = list(dict.fromkeys(map(of, cards)))
         if len(found) > 1:
             raise UserError(f"the cards do not compare: their {what} differ: {' and '.join(found)}")
-
-
-def evaluate(
-    pipeline: UViTPipeline,
-    sample: SampleConfig,
-    config: EvaluateConfig,
-    reference: ImageSet,
-    held_out: ImageSet | None,
-    about: Facts,  # where the pipeline comes from: step, ema_decay, ...
-    accelerator: Accelerator,
-) -> Facts | None:
-    """Draw and score config.num_images on all processes: the card on the main one, None on the others."""
-    started, device, num_processes = time.perf_counter(), accelerator.device, accelerator.num_processes
-    sample = replace(sample, num_images=config.num_images)
-    extractor = load_extractor(config, device)
-    drawn = [torch.empty(0, dtype=torch.long)]
-
-    def images() -> Iterator[Tensor]:
-        share = (accelerator.process_index, num_processes)
-        for indices, batch in generate(pipeline, sample, Stream.SAMPLING, *share):
-            drawn.append(indices)
-            yield batch
-
-    expected = config.num_images // num_processes if accelerator.is_main_process else 0
-    generated = extract(extractor, images(), config.batch_size, device, expected)
-    generated, anchor, card = gather(generated, torch.cat(drawn)), None, None
-    if accelerator.is_main_process:
-        real, described = features_of(reference, extractor, config, device)
-        if held_out is not None:
-            held, _ = features_of(held_out, extractor, config, device)
-            anchor = score_anchor(held, real, config.num_images, config, device)
-        metrics = score(generated, real, config, device)
-        provenance = about | asdict(sample)
-        provenance |= {
-            "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "processes": num_processes,
-            "wall time": f"{time.perf_counter() - started:.0f} s",
-        }
-        card = make_card(metrics, config, described, config.num_images, provenance, anchor)
-    accelerator.wait_for_everyone()
-    return card

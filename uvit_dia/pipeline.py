@@ -20,6 +20,8 @@ class UViTPipeline(DiffusionPipeline):
 
     def __init__(self, unet: UViT, scheduler: SchedulerMixin) -> None:
         super().__init__()
+        if not isinstance(unet, UViT):  # as of any other model's folder
+            raise ConfigError("unet", type(unet).__name__, "a UViT")
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
@@ -42,17 +44,17 @@ class UViTPipeline(DiffusionPipeline):
         unet = self.unet
         labels = self.labels(batch_size, class_labels)  # (B,) or None
         guided = guidance_scale != 1.0
-        if guided and unet.config.null_label is None:
-            raise ConfigError("guidance_scale", guidance_scale, "1 for a model without a null_label")
+        self.check(guidance_scale, num_inference_steps)
         shape = (batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         x = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps)
         x = x * self.scheduler.init_noise_sigma
         takes_noise = "generator" in signature(self.scheduler.step).parameters
         noise = {"generator": generator} if takes_noise else {}
-        for t in self.progress_bar(self.scheduler.timesteps):
+        moved = self.scheduler.timesteps.to(self.device)  # at once: a copy a step would wait for it
+        for t, t_moved in zip(self.progress_bar(self.scheduler.timesteps), moved, strict=True):
             x_in = self.scheduler.scale_model_input(x, t)
-            prediction = self.predict(x_in, t, labels, guidance_scale if guided else None)
+            prediction = self.predict(x_in, t_moved, labels, guidance_scale if guided else None)
             x = self.scheduler.step(prediction, t, x, **noise).prev_sample
         images = (x / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
@@ -72,17 +74,26 @@ class UViTPipeline(DiffusionPipeline):
 
     def labels(self, batch_size: int, class_labels: Sequence[int] | Tensor | None) -> Tensor | None:
         """The labels of a batch, (B,) on the device; ConfigError where they do not fit the model."""
-        num_classes = self.unet.config.num_classes
         if class_labels is None:
             class_labels = self.classes_in_turn(range(batch_size))
         if class_labels is None:
             return None
-        if num_classes is None:
-            raise ConfigError("class_label", class_labels[0], "null: the model is unconditional")
         for label in class_labels:
-            if not 0 <= label < num_classes:
-                raise ConfigError("class_label", int(label), f"0 to {num_classes - 1}")
+            self.check(class_label=int(label))
         return torch.as_tensor(class_labels, device=self.device, dtype=torch.long)
+
+    def check(self, guidance_scale: float = 1.0, steps: int = 1, class_label: int | None = None) -> None:
+        """ConfigError where the model can't sample so: ask before the work, not at the first preview."""
+        model, num_timesteps = self.unet.config, self.scheduler.config.num_train_timesteps
+        if guidance_scale != 1.0 and model.null_label is None:
+            raise ConfigError("guidance_scale", guidance_scale, "1 for a model without a null_label")
+        if steps > num_timesteps:
+            raise ConfigError("steps", steps, f"at most the {num_timesteps} timesteps of training")
+        if class_label is not None and not 0 <= class_label < (model.num_classes or 0):
+            known = (
+                f"0 to {model.num_classes - 1}" if model.num_classes else "null: the model is unconditional"
+            )
+            raise ConfigError("class_label", class_label, known)
 
     def classes_in_turn(self, indices: Sequence[int]) -> list[int] | None:
         """Class i mod their number for each index, never the null label; None for an unconditional model."""

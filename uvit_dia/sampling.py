@@ -4,14 +4,16 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from uvit_dia.checkpoint import RunFolder
@@ -33,6 +35,9 @@ class SampleConfig:
     guidance_scale: float = 1.0  # uncond + s (cond - uncond); 1: off
     batch_size: int = 100  # images denoised together; another one may change the last bit of an image
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network alone
+    compile: bool = (
+        False  # torch.compile the network for one batch size; slow to start; needs a C++ compiler on a CPU
+    )
 
     def __post_init__(self) -> None:
         check_least("sample", self, num_images=1, steps=1, batch_size=1, seed=0)
@@ -48,18 +53,20 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
     folders = (RunFolder(source).pipeline, Path(source))
     found = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
     if found is None and Path(source).exists():
-        raise UserError(
-            f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline's folder"
-        )
+        raise UserError(f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline")
+    logging.disable_progress_bar()  # of two small files
     try:
         pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)
+        training = found / "training.json" if found else Path()
+        about = dict(json.loads(training.read_text())) if training.is_file() else {}
     except Exception as error:
         raise UserError(f"{source}: no run, pipeline or Hub id that can be loaded ({error})") from error
+    finally:
+        logging.enable_progress_bar()
     if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
         raise UserError(f"{source}: its weights are not those of its config; export it again")
-    about = found / "training.json" if found else None
     pipeline.unet.eval()
-    return pipeline.to(device), json.loads(about.read_text()) if about and about.is_file() else {}
+    return pipeline.to(device), about
 
 
 def generate(
@@ -72,45 +79,55 @@ def generate(
     """This process's share of config.num_images, in batches: indices (k,) and uint8 images (k, C, H, W).
 
     Batches are the same whatever the number of processes, which take them in turn. Noise comes from one
-    generator an image, on the CPU.
+    generator an image, on the CPU. A batch is handed out while the device works on the next.
     """
+    starts = range(rank * config.batch_size, config.num_images, world * config.batch_size)
+    for (indices, images, copied), _ in pairwise(chain(launch(pipeline, config, stream, starts), [None])):
+        if copied is not None:
+            copied.synchronize()
+        yield indices, images
+
+
+def launch(
+    pipeline: UViTPipeline, config: SampleConfig, stream: Stream, starts: range
+) -> Iterator[tuple[Tensor, Tensor, torch.cuda.Event | None]]:
+    """What `generate` yields, but images are there only after the event."""
     pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    device = pipeline.device
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    for start in range(rank * config.batch_size, config.num_images, world * config.batch_size):
+    if config.compile and pipeline.unet._compiled_call_impl is None:
+        pipeline.unet.compile(dynamic=False)
+    device, one = pipeline.device, config.class_label
+    dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+    for start in starts:
         indices = torch.arange(start, min(start + config.batch_size, config.num_images))
-        one = config.class_label
-        labels = pipeline.classes_in_turn(indices.tolist()) if one is None else [one] * len(indices)
+        # compiled for one size, so the last batch is filled up with images that are left out again
+        drawn = range(start, start + (config.batch_size if config.compile else len(indices)))
         with torch.autocast(device.type, dtype, enabled=config.precision != "fp32"):
             images = pipeline(
-                len(indices),
-                class_labels=labels,
+                len(drawn),
+                class_labels=pipeline.classes_in_turn(drawn) if one is None else [one] * len(drawn),
                 guidance_scale=config.guidance_scale,
                 num_inference_steps=config.steps,
-                generator=[torch_generator(config.seed, stream, int(i)) for i in indices],
+                generator=[torch_generator(config.seed, stream, i) for i in drawn],
                 output_type="pt",
-            ).images
-        yield indices, (images * 255).round().to(torch.uint8).cpu()
+            ).images[: len(indices)]
+        images = (images * 255).round().to(torch.uint8).to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        yield indices, images, copied
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """One picture of uint8 images (n, C, H, W): small ones are enlarged smoothly, for people."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
     scale = max(1, 64 // images.shape[-1])
     if scale > 1:
-        images = (
-            F.interpolate(images.float(), scale_factor=scale, mode="bicubic").round().clamp(0, 255).byte()
-        )
-    sheet = make_grid(images, nrow=columns, padding=2, pad_value=128)  # (3, H, W)
-    return Image.fromarray(rearrange(sheet, "c h w -> h w c").numpy())
+        larger = F.interpolate(images.float(), scale_factor=scale, mode="bicubic")
+        images = larger.round().clamp(0, 255).byte()
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return to_pil_image(make_grid(images, nrow=columns, padding=2, pad_value=128))
 
 
 def save_images(images: Tensor, indices: Tensor, folder: Path) -> None:
     """Write uint8 images (n, C, H, W) as folder/000123.png, numbered by their index."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in zip(indices.tolist(), images, strict=True):
-        array = rearrange(image, "c h w -> h w c").numpy()
-        Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(
-            folder / f"{index:06d}.png"
-        )
+        to_pil_image(image).save(folder / f"{index:06d}.png")

@@ -24,13 +24,15 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import DDPMScheduler
 from ema_pytorch import EMA
+from ema_pytorch.post_hoc_ema import KarrasEMA
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from uvit_dia.checkpoint import BadCheckpoint, Tensors
 from uvit_dia.data import Batch, Batches
 from uvit_dia.diffusion import DiffusionConfig, denoising_loss, make_scheduler
-from uvit_dia.errors import ConfigError, UserError, check_least
+from uvit_dia.errors import ConfigError, UserError, check_compiler, check_least
+from uvit_dia.posthoc import averages
 from uvit_dia.random_keys import Stream, torch_generator
 from uvit_dia.uvit import UViT
 
@@ -50,6 +52,7 @@ class TrainConfig:
     weight_decay: float = 0.03  # on all parameters
     max_grad_norm: float | None = None  # gradients are scaled down to this norm; null: no clipping
     ema_decay: float = 0.9999  # of the averaged weights that are sampled
+    posthoc_ema: tuple[float, float] | None = None  # relative widths of two more averages, for --ema_sweep
     label_drop: float = 0.0  # share of labels replaced by model.null_label, for guidance
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network; images, noise, weights are fp32
     compile: bool = False  # torch.compile the network; needs a C++ compiler on a CPU
@@ -64,11 +67,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one = ("batch_size", "num_accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints")
         check_least(
-            "train", self, num_steps=0, seed=0, warmup_steps=0, preview_every=0, **dict.fromkeys(one, 1)
-        )
-        for name in ("ema_decay", "label_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}", getattr(self, name), "0 or more and less than 1")
+            "train", self, num_steps=0, seed=0, warmup_steps=0, preview_every=0, weight_decay=0,
+            **dict.fromkeys(one, 1),
+        )  # fmt: skip
+        for name in ("ema_decay", "label_drop", "betas"):
+            value = getattr(self, name)
+            if not all(0 <= x < 1 for x in (value if name == "betas" else [value])):
+                raise ConfigError(f"train.{name}", value, "0 or more and less than 1")
+        widths = self.posthoc_ema
+        if widths and not 0 < min(widths) < max(widths) < 0.288:  # 1 / sqrt(12) is that of a plain mean
+            raise ConfigError("train.posthoc_ema", widths, "two from 0 to 0.288, e.g. [0.05, 0.28]")
         for name in ("learning_rate", "max_grad_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"train.{name}", getattr(self, name), "more than 0")
@@ -119,6 +127,7 @@ class TrainState:
     run: Callable[..., tuple[Tensor, Tensor]]  # `update`, or its CUDA graph
     bad: Tensor  # bool on the device, sticky: a number was not finite, and no step is taken any more
     taken: Tensor  # on the device: optimizer steps taken with finite numbers
+    posthoc: list[KarrasEMA] = field(default_factory=list)  # of train.posthoc_ema
     step: int = 0  # the same, of the host
     unread: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (loss, grad_norm) still on the device
     interval: list[list[float]] = field(default_factory=list)  # the same, read, since the last summary
@@ -132,6 +141,7 @@ class TrainState:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.ema_model.state_dict(),
+            **{f"posthoc_{i}": ema.ema_model.state_dict() for i, ema in enumerate(self.posthoc)},
             "optimizer": {f"{names[i]}/{key}": v for i, m in moments.items() for key, v in m.items()},
         }
 
@@ -141,6 +151,7 @@ class TrainState:
         return {
             "model": dict(self.model.config),
             "ema_step": int(self.ema.step),
+            "posthoc_ema": self.config.posthoc_ema,
             "interval": self.interval,
             "spikes": {"count": self.spikes.count, "losses": list(self.spikes.losses)},
             "scaler": scaler.state_dict() if scaler else None,
@@ -149,10 +160,15 @@ class TrainState:
     def load(self, tensors: Tensors, info: dict[str, Any]) -> None:
         """Go on exactly where tensors and info were taken; BadCheckpoint if they are another model's."""
         check_same_model(dict(self.model.config), info["model"])
+        if (kept := info.get("posthoc_ema")) != (self.config.posthoc_ema and [*self.config.posthoc_ema]):
+            raise BadCheckpoint(f"other averages are in the checkpoint: set train.posthoc_ema to {kept}")
         self.model.load_state_dict(tensors["model"])
         self.ema.ema_model.load_state_dict(tensors["ema"])
-        self.ema.step.fill_(info["ema_step"])
-        self.ema.initted.fill_(info["ema_step"] > 0)
+        for i, ema in enumerate(self.posthoc):
+            ema.ema_model.load_state_dict(tensors[f"posthoc_{i}"])
+        for ema in (self.ema, *self.posthoc):
+            ema.step.fill_(info["ema_step"])
+            ema.initted.fill_(info["ema_step"] > 0)
         numbers = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors["optimizer"].items():
@@ -218,6 +234,8 @@ def check_labels(num_labels: int | None, num_classes: int | None, null_label: in
     if num_labels > num_classes - (null_label is not None):
         room = "one row a label" + (" and one for null_label" if null_label is not None else "")
         raise ConfigError("model.num_classes", num_classes, f"{room}: the data has {num_labels} labels")
+    if null_label is not None and null_label < num_labels:
+        raise ConfigError("model.null_label", null_label, f"none of the data's labels, 0 to {num_labels - 1}")
 
 
 def build(
@@ -239,9 +257,11 @@ def build(
         model, **constant, include_online_model=False, use_foreach=True, param_or_buffer_names_no_ema=copied
     )
     ema.eval()
+    posthoc = averages(model, config.posthoc_ema or (), copied)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.compile:
+        check_compiler("train.compile", accelerator.device.type)
         model.compile()
     device, alone = accelerator.device, accelerator.num_processes == 1
     graphed = config.compile and device.type == "cuda" and alone and not accelerator.scaler
@@ -253,7 +273,7 @@ def build(
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     parts = (config, accelerator, model, network, optimizer, ema, scheduler, diffusion.min_snr_gamma)
     flags = (torch.zeros((), dtype=dtype, device=device) for dtype in (torch.bool, torch.long))
-    return TrainState(*parts, GraphedUpdate() if graphed else update, *flags)
+    return TrainState(*parts, GraphedUpdate() if graphed else update, *flags, posthoc)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -297,7 +317,10 @@ def train_step(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-    return state.run(state, batch.images, *draw(state, batch))
+    loss, grad_norm = state.run(state, batch.images, *draw(state, batch))
+    for ema in state.posthoc:  # outside the CUDA graph, since their decay changes with the step
+        ema.update()
+    return loss, grad_norm
 
 
 def update(

@@ -1,0 +1,160 @@
+"""Grids of runs: every combination of some settings' values, each trained and scored by the scripts."""
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from uvit_dia.checkpoint import RunFolder
+from uvit_dia.config import SECTIONS, Config, Parser, load, plain, provenance, run_parser, save, to_config
+from uvit_dia.data import load_images
+from uvit_dia.errors import UserError
+from uvit_dia.trainer import check_divides, check_labels
+from uvit_dia.uvit import UViT
+
+COUNTS_STEPS = re.compile(r"num_steps|warmup_steps|(\w+_)?every")  # settings that equal images scale
+
+
+@dataclass(frozen=True)
+class Run:
+    """One combination: the name of its folder, a label of its value by axis, and its config."""
+
+    name: str
+    labels: dict[str, str]
+    config: Config
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.config.output_dir)
+
+    @property
+    def card_path(self) -> Path:
+        return self.folder.evaluation / f"step_{self.config.train.num_steps:08d}.json"
+
+    def is_trained(self) -> bool:
+        try:
+            about = json.loads((self.folder.pipeline / "training.json").read_text())
+        except OSError:  # none yet, or just being replaced
+            return False
+        return about["step"] == self.config.train.num_steps
+
+    def card(self) -> dict[str, Any] | None:
+        """The score after the last step, as the config asks for it; None before that."""
+        wanted = self.config.evaluate
+        card = (
+            json.loads(self.card_path.read_text()) if self.is_trained() and self.card_path.is_file() else {}
+        )
+        found = card and (card["num_generated"], card["extractor"]["name"])
+        return card if found == (wanted.num_images, wanted.extractor) else None
+
+    def last_words(self) -> str:
+        """What the log of its processes says of how it ended: the error, else the last line."""
+        log = self.folder.root / "log.txt"
+        text = log.read_text(errors="replace").strip() if log.is_file() else "not started"
+        errors = re.findall(r"\w*error: .+", text, re.IGNORECASE)  # a progress bar may stand before it
+        return [*text.splitlines()[-1:], *errors][-1]
+
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """What it came to: its last metrics, and its scores. Its speed is the median, as starting is slow."""
+        card, records = self.card() or {"metrics": {}}, self.folder.read_metrics()
+        found = {"broken": int(not card["metrics"] and "not finite" in self.last_words())}
+        if records:
+            speed = median(record["images_per_second"] for record in records)
+            found |= records[-1] | {"images_per_second": speed}
+        return found | card["metrics"]
+
+
+def label(value: Any) -> str:
+    """A value as people read it: none, 32, `dia_lstm gate_scale=4`."""
+    if isinstance(value, dict):
+        return " ".join(
+            label(item) if key == "kind" else f"{key}={label(item)}" for key, item in value.items()
+        )
+    return "none" if value is None else str(value)
+
+
+def make_runs(base: Config, axes: dict[str, list[Any]], equal: Literal["steps", "images"]) -> list[Run]:
+    """Every combination, the last axis fastest, in folders of base.output_dir; all is checked first.
+
+    A value of model.unit replaces the base's whole, and may be `none` or a kind's bare name; mappings
+    elsewhere merge. `equal` images: all that counts steps is scaled, so that all see as many images.
+    """
+    parser, runs = run_parser(""), {}
+    for key in axes:
+        if key.split(".")[0] not in ("model", *SECTIONS):
+            raise UserError(f"axis {key}: no config field, such as train.batch_size or model.unit")
+    for values in product(*axes.values()):
+        settings, changes = plain(asdict(base)), plain(dict(zip(axes, values, strict=True)))
+        if "model.unit" in changes:
+            unit, settings["model"]["unit"] = changes["model.unit"], None
+            bare = {"kind": unit} if unit != "none" else None
+            changes["model.unit"] = bare if isinstance(unit, str) else unit
+        labels = {key: label(value) for key, value in changes.items()}
+        parts = (f"{key.split('.')[-1]}-{text}" for key, text in labels.items())
+        name = re.sub(r"[^\w.]+", "-", "_".join(parts))
+        if name in runs:
+            raise UserError(f"two runs of the grid have one name, {name}; does an axis have a value twice?")
+        settings["output_dir"] = str(Path(base.output_dir) / name)
+        config = to_config(parser, parser.parse_object(changes, parser.parse_object(settings)))
+        if equal == "images":
+            factor = base.train.batch_size / config.train.batch_size
+            train, evaluate = (scaled(part, factor) for part in (config.train, config.evaluate))
+            config = replace(config, train=train, evaluate=evaluate)
+        runs[name] = Run(name, labels, config)
+    check(list(runs.values()), parser)
+    return list(runs.values())
+
+
+def scaled(settings: Any, factor: float) -> Any:
+    """The settings with all that counts steps multiplied, to the nearest step."""
+    counts = {key: n for key, n in vars(settings).items() if COUNTS_STEPS.fullmatch(key) and n}
+    return replace(settings, **{key: max(1, round(n * factor)) for key, n in counts.items()})
+
+
+def check(runs: list[Run], parser: Parser) -> None:
+    """UserError for a model that can't be, data that are not there, and a folder that holds another run.
+
+    It also downloads, once, the data that the runs would else all download at the same time.
+    """
+    num_labels: dict[str, int | None] = {}
+    for run in runs:
+        model = run.config.model
+        with torch.device("meta"):
+            UViT(**model)
+        check_divides(run.config.train, 1)
+        wanted = (run.config.data, "train", model["sample_size"], model["in_channels"])
+        if repr(wanted) not in num_labels:
+            num_labels[repr(wanted)] = load_images(*wanted).num_labels
+        check_labels(num_labels[repr(wanted)], model["num_classes"], model["null_label"])
+        there = load(run.folder.config, parser) if run.folder.config.is_file() else run.config
+        for section in ("model", *SECTIONS):
+            ours, theirs = (plain(asdict(config)[section]) for config in (run.config, there))
+            if differ := [key for key in ours if ours[key] != theirs[key]]:
+                what = f"{section}.{differ[0]} is {theirs[differ[0]]} there and {ours[differ[0]]} in the grid"
+                raise UserError(f"{run.folder.root}: holds another run: {what}; name another --output_dir")
+
+
+def write_grid(root: Path, runs: list[Run], facts: dict[str, Any]) -> None:
+    """Write each run's cell.yaml, the config that it is to have, and grid.yaml: the facts and the runs."""
+    made_with = provenance()
+    for run in runs:
+        run.folder.root.mkdir(parents=True, exist_ok=True)
+        save(run.config, run.folder.root / "cell.yaml", made_with)
+    whole = facts | made_with | {"runs": {run.name: run.labels for run in runs}}
+    (root / "grid.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+
+
+def read_grid(root: Path) -> tuple[dict[str, Any], list[Run]]:
+    """What `write_grid` wrote, the facts and the runs, wherever the folder has gone since."""
+    facts, parser = yaml.safe_load((root / "grid.yaml").read_text()), run_parser("")
+    configs = {name: load(root / name / "cell.yaml", parser) for name in facts["runs"]}
+    moved = {name: replace(config, output_dir=str(root / name)) for name, config in configs.items()}
+    return facts, [Run(name, labels, moved[name]) for name, labels in facts.pop("runs").items()]
