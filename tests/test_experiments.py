@@ -176,6 +176,19 @@ def test_a_grid_at_work_is_left_alone(tmp_path):
     SCRIPT["alone"](tmp_path).close()
 
 
+def test_runs_that_outlive_their_command_keep_the_grid_to_themselves(tmp_path):
+    (run,) = make_runs(base(tmp_path), {"train.seed": [0]}, "steps")
+    run.folder.root.mkdir()
+    with SCRIPT["alone"](tmp_path) as lock:
+        job = SCRIPT["Job"](run, {}, [["sleep", "60"]], lock.fileno())
+        job.next()
+    with pytest.raises(UserError, match="at work already"):
+        SCRIPT["alone"](tmp_path)
+    job.process.kill()
+    job.process.wait()
+    SCRIPT["alone"](tmp_path).close()
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
     """A grid of two runs that a signal stopped while they trained; the second is going to break."""
