@@ -28,6 +28,9 @@ compare: .venv/installed  ## a grid of 2 units, 2 batch sizes and 3 seeds on the
 	$(RUN)/python scripts/compare.py --config configs/digits.yaml --config configs/grids/digits.yaml
 	@echo "Look at: runs/compare_digits/report.html"
 
+bench: .venv/installed  ## measure training, sampling and scoring beside the official code's plain recipe
+	$(RUN)/python scripts/benchmark.py --json runs/benchmark.json
+
 test: .venv/installed  ## run the tests
 	$(RUN)/python -m pytest
 
@@ -42,4 +45,4 @@ lint: .venv/installed  ## check style and types
 coverage: .venv/installed  ## run the tests and list the lines that none of them reaches
 	$(RUN)/python -m pytest --cov --cov-report=term-missing
 
-.PHONY: help setup demo compare test torture lint coverage
+.PHONY: help setup demo compare bench test torture lint coverage

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from statistics import mean
@@ -30,9 +30,11 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from uvit_dia import config
+from uvit_dia.data import load_images
 from uvit_dia.errors import UserError, run
 from uvit_dia.experiments import Run, make_runs, write_grid
 from uvit_dia.report import write_page
+from uvit_dia.trainer import check_divides, check_labels
 from uvit_dia.uvit import UViT
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -60,6 +62,7 @@ def main() -> int:
     root = Path(parsed.output_dir or "runs/compare")
     base = replace(config.to_config(parser, parsed), output_dir=str(root))
     runs, places = make_runs(base, axes, parsed.equal), slots(parsed.jobs)
+    check(runs)
     show_plan(root, runs, len(places))
     if parsed.dry_run:
         return 0
@@ -68,6 +71,29 @@ def main() -> int:
     with alone(root) as lock:
         write_grid(root, runs, facts)
         return work(Grid(runs, places, lock.fileno()), root)
+
+
+def check(runs: list[Run]) -> None:
+    """UserError for a model that can't be, data that are not there, and a folder that holds another run.
+
+    It also downloads, once, the data that the runs would else all download at the same time.
+    """
+    num_labels: dict[str, int | None] = {}
+    for one in runs:
+        model = one.config.model
+        with torch.device("meta"):
+            UViT(**model)
+        check_divides(one.config.train, 1)
+        wanted = (one.config.data, "train", model["sample_size"], model["in_channels"])
+        if repr(wanted) not in num_labels:
+            num_labels[repr(wanted)] = load_images(*wanted).num_labels
+        check_labels(num_labels[repr(wanted)], model["num_classes"], model["null_label"])
+        there = config.load(one.folder.config) if one.folder.config.is_file() else one.config
+        for section in ("model", *config.SECTIONS):
+            ours, theirs = (config.plain(asdict(settings)[section]) for settings in (one.config, there))
+            if differ := [key for key in ours if ours[key] != theirs[key]]:
+                what = f"{section}.{differ[0]} is {theirs[differ[0]]} there and {ours[differ[0]]} in the grid"
+                raise UserError(f"{one.folder.root}: holds another run: {what}; name another --output_dir")
 
 
 def read_axis(text: str) -> tuple[str, list[Any]]:

@@ -90,6 +90,8 @@ def main() -> None:
             for facts, path in several:
                 cards.append(scorer.score_pipeline(pipeline, sample, facts))
                 finish(cards[-1], path)
+            if not cards:
+                raise UserError(f"{folder.checkpoints}: no checkpoint that reads as it was written")
             if accelerator.is_main_process:
                 table(cards, axis, folder.evaluation / place)
     accelerator.end_training()

@@ -257,7 +257,8 @@ def screen(
     about = {"step": state.step, "ema_decay": state.config.ema_decay, "training_seed": state.config.seed}
     card = scorer.score_pipeline(pipeline, settings.sample, about | {"screening": True})
     if card is not None:
-        evaluation.write_card(card, folder.evaluation / "screening" / f"step_{state.step:08d}.json")
+        with writing(folder.evaluation):
+            evaluation.write_card(card, folder.evaluation / "screening" / f"step_{state.step:08d}.json")
         state.accelerator.log({card["headline"]: card["metrics"][card["headline"]]}, step=state.step)
 
 

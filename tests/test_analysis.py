@@ -54,11 +54,13 @@ def subject(run) -> an.Subject:
     return an.Subject(run, an.AnalyzeConfig(**SMALL, num_steps=4), Accelerator(cpu=True))
 
 
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "analyze.py"))
+
+
 def analyze(*arguments: str) -> int:
     """The exit code of scripts/analyze.py, in this process."""
-    script = runpy.run_path(str(ROOT / "scripts" / "analyze.py"))
     with mock.patch.object(sys, "argv", ["analyze.py", *arguments]):
-        return errors.run(script["main"])
+        return errors.run(SCRIPT["main"])
 
 
 def too_fast(subject: an.Subject) -> an.Subject:
@@ -222,7 +224,7 @@ def test_every_analysis_of_a_run_writes_strict_json_and_a_picture(run, capsys):
 def test_the_same_seed_gives_the_same_numbers(run):
     options, texts = an.AnalyzeConfig(only=["gates", "gradients"], **SMALL), []
     for _ in range(2):
-        paths = list(an.analyze(run, options, Accelerator(cpu=True)))
+        paths = list(SCRIPT["analyze"](run, options, Accelerator(cpu=True)))
         texts.append([path.read_text() for path in paths if path.suffix == ".json"])
     assert texts[0] == texts[1]
 
@@ -252,7 +254,7 @@ def test_a_wrong_setting_is_one_line_that_says_what_would_do(run, capsys, settin
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml"):
-        next(an.analyze(tmp_path, an.AnalyzeConfig(), Accelerator(cpu=True)))
+        an.Subject(tmp_path, an.AnalyzeConfig(), Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(

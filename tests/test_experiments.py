@@ -176,6 +176,19 @@ def test_a_grid_at_work_is_left_alone(tmp_path):
     SCRIPT["alone"](tmp_path).close()
 
 
+def test_runs_that_outlive_their_command_keep_the_grid_to_themselves(tmp_path):
+    (run,) = make_runs(base(tmp_path), {"train.seed": [0]}, "steps")
+    run.folder.root.mkdir()
+    with SCRIPT["alone"](tmp_path) as lock:
+        job = SCRIPT["Job"](run, {}, [["sleep", "60"]], lock.fileno())
+        job.next()
+    with pytest.raises(UserError, match="at work already"):
+        SCRIPT["alone"](tmp_path)
+    job.process.kill()
+    job.process.wait()
+    SCRIPT["alone"](tmp_path).close()
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
     """A grid of two runs that a signal stopped while they trained; the second is going to break."""
@@ -225,3 +238,12 @@ def test_the_same_command_goes_on_and_a_run_that_fails_stops_no_other(stopped):
 def test_every_grid_on_file_can_be_planned(path):
     code, out, err = compare("--config", ROOT / "configs" / "digits.yaml", "--config", path, "--dry_run")
     assert code == 0 and " runs left" in out, err
+
+
+def test_help_explains_the_grid(capsys):
+    with pytest.raises(SystemExit) as done, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare.py", "--help"])
+        SCRIPT["main"]()
+    said = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0 and "KEY=VALUE,VALUE,... of any setting" in said and "--dry_run" in said
+    assert "images of one optimizer step" in said  # and every setting of a run

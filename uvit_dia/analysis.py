@@ -3,13 +3,13 @@
 Gates are (L, T, n, D), before gate_scale: L equipped blocks, T timesteps, n training images, D channels.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import seaborn as sns
 import torch
 from accelerate import Accelerator
 from einops import rearrange
@@ -81,22 +81,6 @@ class Subject:
             yield len(t) * denoising_loss(prediction, scheduler, gamma, self.x0, self.noise, t), outputs
         for hook in hooks:
             hook.remove()
-
-
-def analyze(root: Path, options: AnalyzeConfig, accelerator: Accelerator) -> Iterator[Path]:
-    """Write RUN/analysis/<name>.json and .png for each analysis that is asked for; yields each path."""
-    subject = Subject(root, options, accelerator)
-    about = {**subject.about, "run": str(root), "analysis": asdict(options)}
-    (root / "analysis").mkdir(exist_ok=True)
-    for name in options.only:
-        numbers, figure = ANALYSES[name](subject)
-        text = json.dumps({"about": about, **numbers}, default=Tensor.tolist)
-        without_nan = json.loads(text, parse_constant=lambda constant: None)  # which JSON has not
-        target = root / "analysis" / f"{name}.json"
-        target.write_text(json.dumps(without_nan, indent=1) + "\n")
-        figure.suptitle(f"{root.name}, step {subject.about.get('step', '?')}: {name}")
-        figure.savefig(target.with_suffix(".png"), dpi=110, bbox_inches="tight")
-        yield from (target, target.with_suffix(".png"))
 
 
 def blocks_of(model: UViT) -> dict[str, nn.Module]:
@@ -250,10 +234,7 @@ def heat_maps(tables: dict[str, Tensor], rows: list, columns: list, width: int, 
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(height, width, squeeze=False).flat
     for axes, (title, table) in zip(panels, tables.items(), strict=True):
-        figure.colorbar(axes.imshow(table, aspect="auto", **style), ax=axes)
-        axes.set_xticks(range(len(columns)), columns, rotation=90)
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set_title(title)
+        sns.heatmap(table, xticklabels=columns, yticklabels=rows, ax=axes, **style).set_title(title)
     return figure
 
 

@@ -147,7 +147,7 @@ class RunFolder:
 
     def mend(self) -> None:
         """Undo or clear away what a crash left half done. Nobody else may be writing in the folder."""
-        for left in [*self.root.glob(".pipeline.*"), *self.checkpoints.glob(".step_*")]:
+        for left in [*self.root.glob(".pipeline.*"), *self.root.glob("*/.step_*")]:
             place = left.with_name(left.stem[1:])
             if left.suffix == ".old" and not place.exists():
                 left.rename(place)  # the crash came between the two renames

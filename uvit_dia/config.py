@@ -1,8 +1,9 @@
 """A run's Config: the parts' dataclasses joined, read from layered YAML and the command line."""
 
+import json
 import re
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import getsource, unwrap
 from pathlib import Path
 from types import NoneType
@@ -21,14 +22,6 @@ from uvit_dia.sampling import SampleConfig
 from uvit_dia.trainer import TrainConfig
 from uvit_dia.uvit import UViT
 
-SECTIONS = {
-    "data": DataConfig,
-    "diffusion": DiffusionConfig,
-    "train": TrainConfig,
-    "sample": SampleConfig,
-    "evaluate": EvaluateConfig,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -41,6 +34,9 @@ class Config:
     train: TrainConfig
     sample: SampleConfig
     evaluate: EvaluateConfig
+
+
+SECTIONS = {part.name: part.type for part in fields(Config) if is_dataclass(part.type)}
 
 
 class ConfigFile(ActionConfigFile):
@@ -188,18 +184,13 @@ def load(path: Path, parser: Parser | None = None) -> Config:
     return to_config(parser, parser.parse_args(["--config", str(path)]))
 
 
-def plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """A copy of settings that shares nothing, with lists for tuples."""
+    return json.loads(json.dumps(settings))
 
 
 def provenance() -> dict[str, str]:
     """Versions, and the commit where the code is a git checkout."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
     return versions() | {"commit": git.stdout.strip()} if git.returncode == 0 else versions()

@@ -234,7 +234,7 @@ def decode(row: np.ndarray | bytes | str | dict, sample_size: int, in_channels: 
 def read(images: ImageSet, batches: Iterable[Sequence[int]], num_workers: int) -> Iterator[Tensor]:
     """The pixels of each batch of numbers, uint8 (b, C, H, W). Closing the iterator ends its workers."""
     numbers: Any = range(len(images))
-    options: Any = {"worker_init_fn": ignore_interrupt, "generator": torch.Generator()}
+    options: Any = {"worker_init_fn": ignore_signals, "generator": torch.Generator()}
     options |= {"batch_sampler": batches, "collate_fn": partial(decode_in_worker, images)}
     # no variable holds the iterator, since the traceback of an error keeps them, and so the workers, alive
     for pixels in DataLoader(numbers, num_workers=num_workers, **options):
@@ -251,9 +251,10 @@ def decode_in_worker(images: ImageSet, indices: Sequence[int]) -> Tensor | UserE
         return error
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches workers too, but what it means is for their parent to decide."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:
+    """A signal to all processes reaches workers too, but what it means is for their parent to decide."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def read_all(images: ImageSet) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from http.client import HTTPException
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -180,8 +181,10 @@ def extract(
             for where, part in zip(indices.split(batch_size), images.split(batch_size), strict=True):
                 with torch.inference_mode():
                     seen = extractor(part.to(accelerator.device).expand(-1, 3, -1, -1))
-                parts.append((where, *(x.float().cpu() for x in seen)))
+                parts.append((where, *(x.float().to("cpu", non_blocking=True) for x in seen)))
                 bar.update(len(part))
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize(accelerator.device)
     local = [torch.cat(x) for x in zip(*parts, strict=True)]
     pieces = gather_object([local])  # as objects: NCCL moves no CPU tensors
     indices, features, logits = (torch.cat(x) for x in zip(*pieces, strict=True))
@@ -254,9 +257,8 @@ class OneSize(ImageSet):
         images = []
         for path in self.rows[indices]:
             try:
-                images.append(
-                    pil_to_tensor(Image.open(path, formats=FORMATS).convert("RGB"))
-                )  # (3, H, W) uint8
+                image = Image.open(path, formats=FORMATS).convert("RGB")
+                images.append(pil_to_tensor(image))  # (3, H, W) uint8
             except Exception as error:  # Pillow's decoders raise some ten types
                 raise UserError(f"{path} can't be decoded as an image ({error}); mend or remove it") from None
             _, height, width = images[-1].shape
@@ -274,16 +276,14 @@ class Scorer:
     ) -> None:
         config.check_subsets(len(reference), f"of {reference.name}")
         self.config, self.accelerator, device = config, accelerator, accelerator.device
-        self.extractor = load_extractor(config, device)
+        extractor = load_extractor(config, device)
+        self.features = partial(extract, extractor, batch_size=config.batch_size, accelerator=accelerator)
         self.reference, self.described = self.features_of(reference)
         self.anchor = None
         if held_out is not None:
             real, _ = self.features_of(held_out)
             if accelerator.is_main_process:
                 self.anchor = score_anchor(real, self.reference, config, device)
-
-    def features(self, batches: Iterable[Batch], count: int) -> Features:
-        return extract(self.extractor, batches, self.config.batch_size, self.accelerator, count)
 
     def share(self, images: ImageSet) -> Iterator[Batch]:
         """What this process reads of a set."""
@@ -304,7 +304,7 @@ class Scorer:
         about, cached = broadcast_object_list(known)
         if cached:
             return (Features(**safetensors.torch.load(content[32:])) if main else None), about
-        features = self.features(self.share(images), len(images))
+        features = self.features(self.share(images), count=len(images))
         if main:
             content = safetensors.torch.save(vars(features))
             try:
@@ -336,7 +336,7 @@ class Scorer:
         """Score the images of each seed; the FID card: mean, spread, and all that they depend on."""
         started, device, scores = time.perf_counter(), self.accelerator.device, []
         for seed, batches in draws.items():
-            generated = self.features(batches, self.config.num_images)
+            generated = self.features(batches, count=self.config.num_images)
             if self.accelerator.is_main_process:
                 scores.append({"seed": seed} | score(generated, self.reference, self.config, device))
         self.accelerator.wait_for_everyone()

@@ -3,21 +3,15 @@
 import json
 import re
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal
 
-import torch
 import yaml
 
 from uvit_dia.checkpoint import RunFolder
-from uvit_dia.config import SECTIONS, Config, Parser, load, plain, provenance, run_parser, save, to_config
-from uvit_dia.data import load_images
+from uvit_dia.config import SECTIONS, Config, load, plain, provenance, run_parser, save, to_config
 from uvit_dia.errors import UserError
-from uvit_dia.trainer import check_divides, check_labels
-from uvit_dia.uvit import UViT
 
 COUNTS_STEPS = re.compile(r"num_steps|warmup_steps|(\w+_)?every")  # settings that equal images scale
 
@@ -48,10 +42,10 @@ class Run:
     def card(self) -> dict[str, Any] | None:
         """The score after the last step, as the config asks for it; None before that."""
         wanted = self.config.evaluate
-        card = (
-            json.loads(self.card_path.read_text()) if self.is_trained() and self.card_path.is_file() else {}
-        )
-        found = card and (card["num_generated"], card["extractor"]["name"])
+        if not (self.is_trained() and self.card_path.is_file()):
+            return None
+        card = json.loads(self.card_path.read_text())
+        found = (card["num_generated"], card["extractor"]["name"])
         return card if found == (wanted.num_images, wanted.extractor) else None
 
     def last_words(self) -> str:
@@ -61,28 +55,17 @@ class Run:
         errors = re.findall(r"\w*error: .+", text, re.IGNORECASE)  # a progress bar may stand before it
         return [*text.splitlines()[-1:], *errors][-1]
 
-    @cached_property
-    def numbers(self) -> dict[str, float]:
-        """What it came to: its last metrics, and its scores. Its speed is the median, as starting is slow."""
-        card, records = self.card() or {"metrics": {}}, self.folder.read_metrics()
-        found = {"broken": int(not card["metrics"] and "not finite" in self.last_words())}
-        if records:
-            speed = median(record["images_per_second"] for record in records)
-            found |= records[-1] | {"images_per_second": speed}
-        return found | card["metrics"]
-
 
 def label(value: Any) -> str:
     """A value as people read it: none, 32, `dia_lstm gate_scale=4`."""
     if isinstance(value, dict):
-        return " ".join(
-            label(item) if key == "kind" else f"{key}={label(item)}" for key, item in value.items()
-        )
+        named = {"" if key == "kind" else f"{key}=": label(item) for key, item in value.items()}
+        return " ".join(key + text for key, text in named.items())
     return "none" if value is None else str(value)
 
 
 def make_runs(base: Config, axes: dict[str, list[Any]], equal: Literal["steps", "images"]) -> list[Run]:
-    """Every combination, the last axis fastest, in folders of base.output_dir; all is checked first.
+    """Every combination, the last axis fastest, in folders of base.output_dir; UserError where one can't be.
 
     A value of model.unit replaces the base's whole, and may be `none` or a kind's bare name; mappings
     elsewhere merge. `equal` images: all that counts steps is scaled, so that all see as many images.
@@ -109,7 +92,6 @@ def make_runs(base: Config, axes: dict[str, list[Any]], equal: Literal["steps", 
             train, evaluate = (scaled(part, factor) for part in (config.train, config.evaluate))
             config = replace(config, train=train, evaluate=evaluate)
         runs[name] = Run(name, labels, config)
-    check(list(runs.values()), parser)
     return list(runs.values())
 
 
@@ -117,29 +99,6 @@ def scaled(settings: Any, factor: float) -> Any:
     """The settings with all that counts steps multiplied, to the nearest step."""
     counts = {key: n for key, n in vars(settings).items() if COUNTS_STEPS.fullmatch(key) and n}
     return replace(settings, **{key: max(1, round(n * factor)) for key, n in counts.items()})
-
-
-def check(runs: list[Run], parser: Parser) -> None:
-    """UserError for a model that can't be, data that are not there, and a folder that holds another run.
-
-    It also downloads, once, the data that the runs would else all download at the same time.
-    """
-    num_labels: dict[str, int | None] = {}
-    for run in runs:
-        model = run.config.model
-        with torch.device("meta"):
-            UViT(**model)
-        check_divides(run.config.train, 1)
-        wanted = (run.config.data, "train", model["sample_size"], model["in_channels"])
-        if repr(wanted) not in num_labels:
-            num_labels[repr(wanted)] = load_images(*wanted).num_labels
-        check_labels(num_labels[repr(wanted)], model["num_classes"], model["null_label"])
-        there = load(run.folder.config, parser) if run.folder.config.is_file() else run.config
-        for section in ("model", *SECTIONS):
-            ours, theirs = (plain(asdict(config)[section]) for config in (run.config, there))
-            if differ := [key for key in ours if ours[key] != theirs[key]]:
-                what = f"{section}.{differ[0]} is {theirs[differ[0]]} there and {ours[differ[0]]} in the grid"
-                raise UserError(f"{run.folder.root}: holds another run: {what}; name another --output_dir")
 
 
 def write_grid(root: Path, runs: list[Run], facts: dict[str, Any]) -> None:

@@ -4,20 +4,20 @@ The words are in templates/: a page is written as Markdown, of which the HTML is
 """
 
 import base64
-import csv
 import json
 import math
 import re
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import median
 from typing import Any
 
 import jinja2
 import markdown
+import pandas as pd
+import seaborn as sns
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from scipy.stats import ttest_ind, ttest_rel
@@ -28,39 +28,10 @@ from uvit_dia.errors import UserError
 from uvit_dia.experiments import Run, read_grid
 from uvit_dia.trainer import SpikeCounter
 
-COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito 2008
-MARKERS, DASHES = "osD^vPX", ("-", "--", ":")
-SEED = "train.seed"  # runs that differ in it alone are repeats of one another
-Records = list[dict[str, Any]]  # of metrics.jsonl
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The runs that differ in the seed alone, by seed; key: their labels on the other axes."""
-
-    key: tuple[str, ...]
-    runs: dict[str, Run]
-
-    @property
-    def series(self) -> str:
-        return " ".join([*self.key[:1], *self.key[2:]]) or "all runs"
-
-    @property
-    def x(self) -> str:
-        return "".join(self.key[1:2])
-
-    def records(self) -> list[Records]:
-        return [found for run in self.runs.values() if (found := run.folder.read_metrics())]
-
-    def of(self, name: str) -> dict[str, float]:
-        """One number of each run that has it, by seed."""
-        return {seed: run.numbers[name] for seed, run in self.runs.items() if name in run.numbers}
-
-    def summary(self, name: str) -> str:
-        """Its mean over seeds, and their standard deviation."""
-        values = list(self.of(name).values())
-        spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{stdev(values):.2g}" if len(values) > 1 else ""
-        return f"{mean(values):.4g}{spread}" if values else "-"
+MARKERS = "osD^vPX"
+SEED = "train.seed"  # runs that differ in it alone are repeats of one another, and make a cell
+NUMBERS = ["images", "spikes", "broken", "images_per_second", "memory_gib"]  # that tables show, had or not
+Cells = dict[tuple[str, ...], pd.DataFrame]  # rows of `outcomes`, by series (and x)
 
 
 def write_page(root: Path) -> Path:
@@ -97,7 +68,8 @@ def run_context(root: Path) -> dict[str, Any]:
         raise UserError(f"{root}: no run, as it has no config.yaml")
     (root / "figures").mkdir(exist_ok=True)
     if records := folder.read_metrics():
-        save(root, "curves", curves({root.name: [records]}, ("loss", "grad_norm", "lr")))
+        lines = pd.DataFrame(records).assign(run=root.name, series=root.name)
+        save(root, "curves", curves(lines, [root.name], ("loss", "grad_norm", "lr")))
     cards = [json.loads(path.read_text()) for path in sorted(folder.evaluation.glob("step_*.json"))]
     grids = sorted(folder.samples.glob("*.png"), key=lambda path: path.stat().st_mtime, reverse=True)
     texts = [Markup(evaluation.markdown(card).replace("# ", "## ", 1)) for card in cards]
@@ -111,63 +83,83 @@ def grid_context(root: Path) -> dict[str, Any]:
     (root / "figures").mkdir(exist_ok=True)
     metrics = [key for key in evaluation.LABELS if cards and key in cards[0]["metrics"]]
     metrics.sort(key=lambda key: key != cards[0]["headline"])
-    cells = cells_of(runs)
-    write_csv(root / "report.csv", runs)
+    frame = outcomes(runs)
+    frame.to_csv(root / "report.csv")
     axes = [axis.split(".")[-1].replace("_", " ") for axis in runs[0].labels if axis != SEED]
-    training, previews = {}, {}
-    for x in dict.fromkeys(cell.x for cell in cells):
-        records = {cell.series: cell.records() for cell in cells if cell.x == x}
-        if any(records.values()):
-            training[x] = save(root, f"curves {x}", curves(records, ("loss", "grad_norm")))
-    for cell in cells:
-        first = next(iter(cell.runs.values()))
-        if newest := max(first.folder.samples.glob("step_*.png"), default=None):
-            previews[cell.key] = shutil.copy(newest, root / "figures" / f"{first.name}.png").name
+    columns = {"series": ", ".join(axes[:1] + axes[2:]) or "runs"} | ({"x": axes[1]} if axes[1:] else {})
+    cells = dict(iter(frame.groupby(list(columns), sort=False)))
+    lines = pd.DataFrame(
+        {"run": run.name, "series": frame.series[run.name], "x": frame.x[run.name]} | record
+        for run in runs
+        for record in run.folder.read_metrics()
+    )
+    names = list(frame["series"].unique())
     return {
-        "facts": facts, "axes": axes, "cells": cells, "runs": runs, "card": next(iter(cards), None),
-        "num_scored": len(cards),
-        "num_seeds": min(len(cell.of(metrics[0])) for cell in cells) if metrics else 0,
+        "facts": facts, "columns": columns, "cells": cells, "frame": frame,
+        "card": next(iter(cards), None), "num_scored": len(cards),
+        "num_seeds": min(cell[metrics[0]].count() for cell in cells.values()) if metrics else 0,
         "labels": {key: evaluation.LABELS[key] for key in metrics},
-        "pictures": {key: save(root, key, scores(cells, key, "".join(axes[1:2]))) for key in metrics},
+        "pictures": {key: save(root, key, scores(frame, key, columns.get("x", ""))) for key in metrics},
         "tests": {key: significance(cells, key) for key in metrics},
-        "training": training, "previews": previews,
+        "training": {
+            x: save(root, f"curves {x}", curves(found, names, ("loss", "grad_norm")))
+            for x, found in (lines.groupby("x", sort=False) if len(lines) else ())
+        },
+        "previews": {
+            run.name: shutil.copy(newest, root / "figures" / f"{run.name}.png").name
+            for run in runs if (newest := max(run.folder.samples.glob("step_*.png"), default=None))
+        },
+        "summary": summary,
     }  # fmt: skip
 
 
-def cells_of(runs: Sequence[Run]) -> list[Cell]:
-    cells: dict[tuple[str, ...], dict[str, Run]] = {}
+def outcomes(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row a run: how it ended, its labels, its numbers (those of its last record, and its scores).
+
+    `series`: the label on the first axis (and on a third); `x`: on the second; `baseline`: the series that
+    has the first axis's first value. A run's speed is the median, as starting is slow.
+    """
+    rows = []
     for run in runs:
-        labels = dict(run.labels)
-        seed = labels.pop(SEED, "")
-        cells.setdefault(tuple(labels.values()), {})[seed] = run
-    return [Cell(*cell) for cell in cells.items()]
+        card, records = run.card(), run.folder.read_metrics()
+        labels = [label for axis, label in run.labels.items() if axis != SEED]
+        first = [label for axis, label in runs[0].labels.items() if axis != SEED][:1]
+        row = {"run": run.name, "state": "scored" if card else run.last_words(), **run.labels}
+        row |= {"seed": run.labels.get(SEED, ""), "x": "".join(labels[1:2])}
+        row |= {"series": " ".join(labels[:1] + labels[2:]), "baseline": " ".join(first + labels[2:])}
+        row |= {"card": run.card_path.name, "broken": int(not card and "not finite" in row["state"])}
+        if records:
+            row |= records[-1] | {"images_per_second": median(r["images_per_second"] for r in records)}
+        rows.append(row | (card["metrics"] if card else {}))
+    frame = pd.DataFrame(rows).set_index("run")
+    return frame.reindex(columns=list(dict.fromkeys([*frame, *NUMBERS])))
 
 
-def write_csv(path: Path, runs: Sequence[Run]) -> None:
-    """A line a run: its name, labels and numbers."""
-    rows = [{"run": run.name} | run.labels | run.numbers for run in runs]
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        table.writeheader()
-        table.writerows(rows)
+def summary(values: pd.Series) -> str:
+    """The mean over seeds, and their standard deviation."""
+    spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{values.std():.2g}" if values.count() > 1 else ""
+    return f"{values.mean():.4g}{spread}" if values.count() else "-"
 
 
-def significance(cells: Sequence[Cell], metric: str) -> list[dict[str, Any]]:
-    """Each cell against its baseline: the cell with the first axis's first value, all else equal.
+def significance(cells: Cells, metric: str) -> list[dict[str, Any]]:
+    """Each cell against its baseline, at the same x, over the seeds that both have.
 
     "paired": p of the t-test by seed, which fixes the data's order and the noise whatever the unit; "holm":
     that, corrected for all these tests; "two_sample": p of the t-test that ignores pairs. nan: too few seeds.
     """
-    values, tests = {cell.key: cell.of(metric) for cell in cells}, []
-    for cell in cells:
-        ours, theirs = values[cell.key], values.get((*cells[0].key[:1], *cell.key[1:]), {})
-        seeds = sorted(ours.keys() & theirs.keys())
-        if ours is theirs or not seeds:
+    tests = []
+    for key, cell in cells.items():
+        base = cells.get((cell["baseline"].iloc[0], *key[1:]))
+        if base is None or base is cell:
             continue
-        a, b = ([side[seed] for seed in seeds] for side in (ours, theirs))
+        sides = [side.set_index("seed")[metric] for side in (cell, base)]
+        pairs = pd.concat(sides, axis=1, join="inner").dropna().to_numpy().T  # (2, n)
+        if not pairs.size:
+            continue
         with warnings.catch_warnings(action="ignore"):  # nan says it
-            p = {"paired": ttest_rel(a, b).pvalue, "two_sample": ttest_ind(a, b).pvalue}
-        tests.append({"cell": cell, "n": len(seeds), "difference": mean(a) - mean(b), **p})
+            p = {"paired": ttest_rel(*pairs).pvalue, "two_sample": ttest_ind(*pairs).pvalue}
+        difference = float((pairs[0] - pairs[1]).mean())
+        tests.append({"key": key, "n": pairs.shape[1], "difference": difference, **p})
     for test, p in zip(tests, holm([test["paired"] for test in tests]), strict=True):
         test["holm"] = p
     return tests
@@ -182,44 +174,34 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def scores(cells: Sequence[Cell], metric: str, x_name: str) -> Figure:
-    """A score against the second axis, a colour and marker a series: mean, spread, and a dot a seed."""
+def scores(frame: pd.DataFrame, metric: str, x_name: str) -> Figure:
+    """A score against x, a colour and marker a series: the mean, its standard deviation, a dot a seed."""
     figure = Figure(figsize=(6, 4.5), layout="constrained")
-    panel, places = figure.subplots(), list(dict.fromkeys(cell.x for cell in cells))
-    names = list(dict.fromkeys(cell.series for cell in cells))
-    for i, name in enumerate(names):
-        style = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
-        found = {cell.x: list(cell.of(metric).values()) for cell in cells if cell.series == name}
-        shift = 0.5 * (i + 0.5) / len(names) - 0.25  # series stand abreast
-        points = {places.index(x) + shift: values for x, values in found.items() if values}
-        spreads = [stdev(values) if len(values) > 1 else 0 for values in points.values()]
-        panel.errorbar(
-            list(points), list(map(mean, points.values())), spreads, **style, capsize=4, label=name
-        )
-        for x, values in points.items():
-            panel.scatter([x + 0.03] * len(values), values, 9, style["color"], alpha=0.6)
-    panel.set_xticks(range(len(places)), places)
+    panel, n = figure.subplots(), frame["series"].nunique()
+    look = dict(data=frame, x="x", y=metric, hue="series", palette="colorblind", ax=panel)
+    markers = [MARKERS[i % len(MARKERS)] for i in range(n)]
+    abreast = 0.8 - 0.8 / n  # as stripplot does
+    sns.pointplot(**look, errorbar="sd", capsize=0.05, dodge=abreast, markers=markers, linewidth=1.5)
+    sns.stripplot(**look, dodge=True, jitter=False, size=4, alpha=0.6, legend=False)
     panel.set(xlabel=x_name, ylabel=evaluation.LABELS[metric])
     panel.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2)
+    sns.move_legend(panel, "upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, title=None)
     return figure
 
 
-def curves(records: dict[str, list[Records]], keys: Sequence[str]) -> Figure:
+def curves(lines: pd.DataFrame, names: Sequence[str], keys: Sequence[str]) -> Figure:
     """Logged numbers over images, a colour a series: its mean over runs, and each run thin."""
     figure = Figure(figsize=(6, 1 + 2.6 * len(keys)), layout="constrained")
     for panel, key in zip(figure.subplots(len(keys), sharex=True), keys, strict=True):
-        for i, (name, runs) in enumerate(records.items()):
-            style = dict(color=COLOURS[i % len(COLOURS)], ls=DASHES[i % len(DASHES)])
-            lines = [{record["images"]: record[key] for record in run} for run in runs]
-            for line in lines:
-                panel.plot(line.keys(), line.values(), **style, lw=0.5, alpha=0.4)
-            common = sorted(set.intersection(*map(set, lines))) if lines else []
-            panel.plot(common, [mean(line[x] for line in lines) for x in common], **style, label=name)
+        look = dict(data=lines, x="images", y=key, hue="series", hue_order=names, palette="colorblind")
+        look["ax"] = panel
+        sns.lineplot(**look, units="run", estimator=None, lw=0.5, alpha=0.4, legend=False)
+        sns.lineplot(**look, style="series", style_order=names, errorbar=None)
         panel.set(ylabel=key.replace("_", " "), yscale="linear" if key == "lr" else "log")
         panel.grid(alpha=0.3)
-    panel.set_xlabel("images")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        legend = panel.get_legend_handles_labels()
+        panel.get_legend().remove()
+    figure.legend(*legend, loc="outside lower center", ncols=2)
     return figure
 
 

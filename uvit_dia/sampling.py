@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.diffusion import SAMPLERS, make_sampler
-from uvit_dia.errors import ConfigError, UserError, check_least, one_of
+from uvit_dia.errors import ConfigError, UserError, check_compiler, check_least, one_of
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream, torch_generator
 
@@ -94,9 +94,10 @@ def launch(
     """What `generate` yields, but images are there only after the event."""
     pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    if config.compile and pipeline.unet._compiled_call_impl is None:
-        pipeline.unet.compile(dynamic=False)
     device, one = pipeline.device, config.class_label
+    if config.compile and pipeline.unet._compiled_call_impl is None:
+        check_compiler("sample.compile", device.type)
+        pipeline.unet.compile(dynamic=False)
     dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
     for start in starts:
         indices = torch.arange(start, min(start + config.batch_size, config.num_images))

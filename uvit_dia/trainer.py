@@ -210,7 +210,7 @@ def make_accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=trackers or None,  # accelerate warns of an empty list
         project_dir=project_dir,
-        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(hours=3))],
     )
     if accelerator.device.type == "cpu":  # the launcher's default is one thread a process
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

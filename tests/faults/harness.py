@@ -31,6 +31,7 @@ spec.loader.exec_module(train)
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload([__name__])
+running: list[multiprocessing.Process] = []  # all that were started, for a test that fails to leave none
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server is a new interpreter
 
 
@@ -39,6 +40,7 @@ def main(arguments: list[str], environment: dict[str, str], output: Path) -> Non
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    multiprocessing.set_start_method("fork", force=True)  # for data workers, as everywhere on Linux
     os.environ.update(environment)
     sys.argv = ["train.py", *arguments]
     sys.exit(train.run(train.main))
@@ -52,6 +54,7 @@ def start(folder: Path, *arguments: object, **environment: object) -> multiproce
     surroundings = {key: str(value) for key, value in surroundings.items()}
     process = server.Process(target=main, args=(words, surroundings, output(folder)))
     process.start()
+    running.append(process)
     return process
 
 

@@ -18,6 +18,7 @@ CASES = UNIT_CASES | {
     "stacked, a unit a stage": {"model": {"unit": {"kind": "dia_lstm", "sharing": "stage", "num_cells": 2}}},
     "a unit a block": {"model": {"unit": {"kind": "dia_lstm_light", "sharing": "none"}}},
     "BatchNorm and all at once": {"model": {"unit": {"kind": "cbam"}}} | ALL_AT_ONCE,
+    "averages of other widths": {"posthoc_ema": (0.05, 0.28), "model": {"unit": {"kind": "srm"}}},
     "recomputed": {"gradient_checkpointing": True, "model": {"unit": {"kind": "dia_lstm"}}},
 }
 ON_A_GPU = {

@@ -81,17 +81,37 @@ def test_the_death_of_one_of_two_processes_ends_the_other_with_the_reason(victim
     assert "Traceback" not in said and RunFolder(folder).newest_good()
 
 
-def test_what_only_one_of_two_processes_meets_is_told(tmp_path):
-    images, folder = tmp_path / "images", tmp_path / "run"
+@pytest.fixture
+def streamed(tmp_path) -> list:
+    """Options to stream 64 images from a folder."""
+    images = tmp_path / "images"
     images.mkdir()
     for i in range(64):
         pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{i}.png")
-    (images / "7.png").write_bytes(b"no image")
-    data = "--data.dataset folder --data.in_memory_gib 0 --data.num_workers 0 --data.path".split()
-    unlabeled = "--model.num_classes null --model.null_label null --train.label_drop 0".split()
-    codes = harness.ended(*harness.pair(folder, *ENDLESS, *unlabeled, *data, images))
-    assert sorted(codes) == [2, harness.train.LOST] and "7.png can't be decoded" in harness.said(folder)
+    unlabeled = "--model.num_classes null --model.null_label null --train.label_drop 0"
+    data = f"--data.dataset folder --data.path {images} --data.in_memory_gib 0 --data.num_workers"
+    return [*f"{unlabeled} {data}".split()]
+
+
+def test_what_only_one_of_two_processes_meets_is_told(streamed, tmp_path):
+    (tmp_path / "images" / "7.png").write_bytes(b"no image")
+    codes = harness.ended(*harness.pair(tmp_path / "run", *ENDLESS, *streamed, 0))
+    assert sorted(codes) == [2, harness.train.LOST]
+    assert "7.png can't be decoded" in harness.said(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_to_the_whole_process_group_finds_its_data_workers_at_work(name, streamed, tmp_path):
+    folder, number = tmp_path / "run", signal.Signals[name]
+    process = harness.start(folder, *ENDLESS, *streamed, 2)
+    trains(folder, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) == 2
+    for pid in [*workers, process.pid]:
+        os.kill(int(pid), number)
+    assert harness.ended(process) == [128 + number], harness.said(folder)
+    assert "Traceback" not in harness.said(folder) and RunFolder(folder).newest_good()
 
 
 def sit(rank: int, world: int, port: int, until: float, log: Path) -> None:
@@ -118,6 +138,7 @@ def company(world: int, seconds: float, log: Path) -> list:
     ]
     for process in started:
         process.start()
+        harness.running.append(process)
         time.sleep(0.5)  # the first one has the store
     return started
 
@@ -125,7 +146,7 @@ def company(world: int, seconds: float, log: Path) -> list:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_waits_for_nothing_finds_out_too(victim, tmp_path):
     processes = company(3, 600, tmp_path / "log")
-    time.sleep(3)
+    time.sleep(1)
     assert all(process.is_alive() for process in processes)
     processes[victim].kill()
     codes = harness.ended(*processes, within=30)
@@ -135,7 +156,7 @@ def test_a_process_that_waits_for_nothing_finds_out_too(victim, tmp_path):
 
 
 def test_long_work_of_one_process_disturbs_nobody(tmp_path):
-    assert harness.ended(*company(2, 8, tmp_path / "log")) == [0, 0]
+    assert harness.ended(*company(2, 6.5, tmp_path / "log")) == [0, 0]
     assert (tmp_path / "log").read_text() == ""
 
 
