@@ -12,21 +12,17 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import DDPMScheduler
-from ema_pytorch import EMA
-from ema_pytorch.post_hoc_ema import KarrasEMA
+from ema_pytorch import EMA, KarrasEMA
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from uvit_dia.checkpoint import BadCheckpoint, Tensors
 from uvit_dia.data import Batch, Batches
@@ -68,10 +64,10 @@ class TrainConfig:
         zero = ("num_steps", "seed", "warmup_steps", "preview_every", "weight_decay")
         one = ("batch_size", "num_accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints")
         check_least("train", self, **dict.fromkeys(zero, 0), **dict.fromkeys(one, 1))
-        for name in ("ema_decay", "label_drop", "betas"):
-            value = getattr(self, name)
-            if not all(0 <= x < 1 for x in (value if name == "betas" else [value])):
-                raise ConfigError(f"train.{name}", value, "0 or more and less than 1")
+        shares = {"ema_decay": [self.ema_decay], "label_drop": [self.label_drop], "betas": self.betas}
+        for name, values in shares.items():
+            if not all(0 <= value < 1 for value in values):
+                raise ConfigError(f"train.{name}", getattr(self, name), "0 or more and less than 1")
         widths = self.posthoc_ema
         if widths and not 0 < min(widths) < max(widths) < 0.288:  # 1 / sqrt(12) is that of a plain mean
             raise ConfigError("train.posthoc_ema", widths, "two from 0 to 0.288, e.g. [0.05, 0.28]")
@@ -134,25 +130,23 @@ class TrainState:
 
     def tensors(self) -> Tensors:
         """What a checkpoint holds, by file."""
-        names = [name for name, _ in self.model.named_parameters()]
-        moments = self.optimizer.state_dict()["state"]
+        named, state = self.model.named_parameters(), self.optimizer.state
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.ema_model.state_dict(),
             **{f"posthoc_{i}": ema.ema_model.state_dict() for i, ema in enumerate(self.posthoc)},
-            "optimizer": {f"{names[i]}/{key}": v for i, m in moments.items() for key, v in m.items()},
+            "optimizer": {f"{name}/{key}": v for name, p in named for key, v in state.get(p, {}).items()},
         }
 
     def info(self) -> dict[str, Any]:
         """The rest of what a checkpoint holds, as JSON."""
-        scaler = self.accelerator.scaler
         return {
             "model": dict(self.model.config),
             "ema_step": int(self.ema.step),
             "posthoc_ema": self.config.posthoc_ema,
             "interval": self.interval,
             "spikes": asdict(self.spikes),
-            "scaler": scaler.state_dict() if scaler else None,
+            "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
         }
 
     def load(self, tensors: Tensors, info: dict[str, Any]) -> None:
@@ -160,10 +154,9 @@ class TrainState:
         ours = json.loads(json.dumps(self.info()))  # as a checkpoint has it: tuples are lists
         for key, here in sorted(ours["model"].items()):
             there = info["model"].get(key, here)
+            what = f"model.{key} is {there} there and {here} here"
             if not key.startswith("_") and here != there:
-                raise BadCheckpoint(
-                    f"another model's checkpoint: model.{key} is {there} there and {here} here"
-                )
+                raise BadCheckpoint(f"another model's checkpoint: {what}")
         if (kept := info.get("posthoc_ema")) != ours["posthoc_ema"]:
             raise BadCheckpoint(f"other averages are in the checkpoint: set train.posthoc_ema to {kept}")
         self.model.load_state_dict(tensors["model"])
@@ -173,12 +166,11 @@ class TrainState:
         for ema in (self.ema, *self.posthoc):
             ema.step.fill_(info["ema_step"])
             ema.initted.fill_(info["ema_step"] > 0)
-        numbers = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
-        moments: dict[int, dict[str, Tensor]] = {}
+        self.optimizer.state.clear()
+        parameters = dict(self.model.named_parameters())
         for key, value in tensors["optimizer"].items():
             name, kind = key.rsplit("/", 1)
-            moments.setdefault(numbers[name], {})[kind] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+            self.optimizer.state[parameters[name]][kind] = value.to(self.accelerator.device)
         if self.accelerator.scaler and info["scaler"]:
             self.accelerator.scaler.load_state_dict(info["scaler"])
         self.step, self.interval, self.spikes = info["step"], info["interval"], SpikeCounter(**info["spikes"])
@@ -202,8 +194,7 @@ def make_accelerator(precision: str, trackers: Sequence[str] = (), folder: Path 
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(hours=3))],
     )
     if accelerator.device.type == "cpu":  # the launcher's default is one thread a process
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return accelerator
 
 
@@ -278,41 +269,33 @@ def fit(state: TrainState, batches: Batches) -> Iterator[Record]:
 
     TrainingDiverged names the step and the first bad module once the host has read of such a number.
     """
-    config, alone = state.config, state.accelerator.num_processes == 1
+    config, alone, stop = state.config, state.accelerator.num_processes == 1, False
     stream = batches.from_step(state.step)
     state.network.train()
-    while state.step < config.num_steps:
+    while state.step < config.num_steps and not stop:
         batch, rate = next(stream), learning_rate(config, state.step)
-        for group in state.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        for group in state.optimizer.param_groups:  # a CUDA graph reads the rate from a tensor
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         loss, grad_norm = state.run(state, batch.images, *draw(state, batch))
         for ema in state.posthoc:  # outside the CUDA graph, since their decay changes with the step
             ema.update()
         state.step += 1
         state.unread.append((loss, grad_norm))
         reads = state.step % config.log_every == 0 or state.step % config.checkpoint_every == 0
-        stop = state.stop_requested
-        if reads or state.step == config.num_steps or (alone and stop):
+        if reads or state.step == config.num_steps or (alone and state.stop_requested):
             first_bad, stop = agree(state)
             if first_bad >= 0:
                 raise TrainingDiverged(explain(state, batches, first_bad))
         yield Record(state.step, loss, grad_norm, rate)
-        if stop and (reads or alone):
-            return
 
 
 def micro_batches(count: int, *inputs: Tensor | None) -> Iterable[tuple[Any, ...]]:
     """The parts, one an accumulation step, in which a process takes its share of the batch."""
-    return zip(*(repeat(None, count) if x is None else x.chunk(count) for x in inputs), strict=True)
+    return zip(*([None] * count if x is None else x.chunk(count) for x in inputs), strict=True)
 
 
 def update(state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The step on the device, from this process's inputs of `loss_of` to the averaged weights, without asking
-    the host; unless something was not finite. Returns the loss and the gradient norm before clipping.
-    """
+    """The step on the device, from the inputs of `loss_of` to the averaged weights; nothing asks the host."""
     config, accelerator, optimizer = state.config, state.accelerator, state.optimizer
     count = config.num_accumulation_steps
     loss = torch.zeros((), device=accelerator.device)
@@ -326,9 +309,9 @@ def update(state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     if accelerator.scaler:
         accelerator.unscale_gradients(optimizer)
     parameters = list(state.model.parameters())
-    grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.max_grad_norm is not None:
-        clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+        nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
     state.bad |= ~torch.isfinite(loss)
     if not accelerator.scaler:  # with loss scaling an overflow is routine, and the scaler skips the step
         state.bad |= ~torch.isfinite(grad_norm)
@@ -377,21 +360,20 @@ def loss_of(state: TrainState, x0: Tensor, noise: Tensor, t: Tensor, labels: Ten
 
 def draw(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Noise (b, C, H, W), timesteps (b,), labels (b,) after label drop: the global batch's, sliced."""
-    config, accelerator, model = state.config, state.accelerator, state.model.config
+    config, accelerator, device = state.config, state.accelerator, state.accelerator.device
     total, share = config.batch_size, config.batch_size // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
     def keyed(stream: Stream) -> dict[str, Any]:
-        generator = torch_generator(config.seed, stream, batch.step, accelerator.device)
-        return {"generator": generator, "device": accelerator.device}
+        return {"generator": torch_generator(config.seed, stream, batch.step, device), "device": device}
 
     noise = torch.randn(total, *batch.images.shape[1:], **keyed(Stream.NOISE))[mine]
-    num_timesteps = state.scheduler.config.num_train_timesteps
+    num_timesteps, model = state.scheduler.config.num_train_timesteps, state.model.config
     t = torch.randint(num_timesteps, (total,), **keyed(Stream.TIMESTEPS))[mine]
     labels = None if model.num_classes is None else batch.labels
     if config.label_drop:  # there is a null_label then
         drop = torch.rand(total, **keyed(Stream.LABEL_DROP))[mine] < config.label_drop
-        labels = torch.where(drop, model.null_label, labels)
+        labels = torch.where(drop, model.null_label, batch.labels)
     return noise, t, labels
 
 
@@ -412,8 +394,8 @@ def agree(state: TrainState) -> tuple[int, bool]:
 
 def summary(state: TrainState) -> dict[str, float]:
     """Mean loss and gradient norm of the steps since the last summary, which fit has read; counts spikes."""
-    losses, norms = zip(*state.interval, strict=True)
-    norms = [norm for norm in norms if math.isfinite(norm)]  # fp16 skips the steps that overflow
+    losses = [loss for loss, _ in state.interval]
+    norms = [norm for _, norm in state.interval if math.isfinite(norm)]  # fp16 skips the steps that overflow
     state.interval.clear()
     for loss in losses:
         state.spikes.add(loss)
@@ -438,8 +420,7 @@ def explain(state: TrainState, batches: Batches, step: int) -> str:
     def look(module: nn.Module, args: Any, output: Any, name: str) -> None:
         outputs.extend(bad((name, x) for x in (output if isinstance(output, tuple) else (output,))))
 
-    named = [(f"the output of {name}", module) for name, module in model.named_modules() if name]
-    hooks = [module.register_forward_hook(partial(look, name=name)) for name, module in named]
+    hooks = [m.register_forward_hook(partial(look, name=n)) for n, m in model.named_modules() if n]
     model.zero_grad()
     with torch.compiler.set_stance("force_eager"):  # compiled code runs no hooks
         for inputs in micro_batches(state.config.num_accumulation_steps, batch.images, *draw(state, batch)):
@@ -450,7 +431,7 @@ def explain(state: TrainState, batches: Batches, step: int) -> str:
     found = [
         *bad([("the images", batch.images)]),
         *bad((f"the weight {name}", weight) for name, weight in weights),
-        *outputs,
+        *(f"the output of {name}" for name in outputs),
         *bad((f"the gradient of {name}", weight.grad) for name, weight in reversed(weights)),
         "numbers that a replay does not show, as those of another process's share of the batch",
     ]
