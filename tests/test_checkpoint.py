@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from uvit_dia.checkpoint import BadCheckpoint, RunFolder, folders, read, save
+from uvit_dia.checkpoint import BadCheckpoint, RunFolder, aside, folders, read, save
+from uvit_dia.errors import UserError
 
 
 def write(folder: RunFolder, step: int, keep: int = 5):
@@ -64,6 +65,18 @@ def test_a_write_that_did_not_finish_is_no_checkpoint_and_does_not_hinder_the_ne
     (run.checkpoints / ".step_00000002.partial" / "model.safetensors").write_bytes(b"half")
     assert run.newest_good() == good
     assert read(write(run, 2))[1]["step"] == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_write_that_fails_leaves_nothing_and_what_was_there(kind, tmp_path):
+    (tmp_path / "place").write_text("before")
+    with pytest.raises(UserError, match=r"place can.t be .*No space"), aside(tmp_path / "place") as new:
+        if kind == "folder":
+            new.mkdir()
+        (new if kind == "file" else new / "part").write_bytes(bytes(1000))
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+    assert (tmp_path / "place").read_text() == "before"
 
 
 def test_a_step_saved_again_replaces_the_folder_whole(tmp_path):
@@ -138,7 +151,8 @@ def test_what_a_crash_left_of_a_swap_is_undone_or_finished(renamed, tmp_path):
     newer.rename(old := newer.with_name(f".{newer.name}.old"))
     if renamed:
         write(run, 1)
-    (tmp_path / ".pipeline.partial").mkdir()
+    for name in (".pipeline.partial", ".pipeline.x1.partial", ".metrics.jsonl.x2.partial"):
+        (tmp_path / name).mkdir()
     (tmp_path / ".mine.old").mkdir()
     run.mend()
     assert run.newest_good() == newer and not old.exists()

@@ -177,6 +177,16 @@ def test_a_number_that_is_not_finite_is_never_stepped_on_and_is_explained(what):
         assert torch.equal(value, state.tensors()["optimizer"][name]), name
 
 
+def test_a_replay_takes_no_more_memory_than_the_step():
+    state, batches = make(num_accumulation_steps=4)
+    poison(state, batches, "the images")
+    sizes = []
+    state.model.register_forward_hook(lambda model, arguments, output: sizes.append(len(output.sample)))
+    with pytest.raises(TrainingDiverged, match="the images"):
+        list(fit(state, batches))
+    assert set(sizes) == {2} and len(sizes) == 4 * (6 + 1)  # read at step 6, and one replayed
+
+
 def test_a_weight_that_is_not_finite_is_named():
     state, batches = make()
     state.model.in_blocks[0].mlp.fc1.weight.data[0, 0] = math.nan

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -34,13 +35,11 @@ def save(root: Path, step: int, tensors: Tensors, info: dict[str, Any], keep: in
     with aside(folder) as partial:
         partial.mkdir()
         for stem, named in tensors.items():
-            whole = {name: tensor.contiguous() for name, tensor in named.items()}
-            save_file(whole, partial / f"{stem}.safetensors")
+            save_file({name: x.contiguous() for name, x in named.items()}, partial / f"{stem}.safetensors")
         (partial / "info.json").write_text(json.dumps({"step": step, **info}))
         digests = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
-    older = [path for path in folders(root) if path < folder]
-    for old in older[keep - 1 :]:
+    for old in [path for path in folders(root) if path < folder][keep - 1 :]:
         with suppress(OSError):  # on a network disk, read by others; hidden first: half of one is none
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
     return folder
@@ -56,11 +55,11 @@ def export(pipeline: DiffusionPipeline, folder: Path, about: dict[str, Any]) -> 
 @contextmanager
 def aside(place: Path) -> Iterator[Path]:
     """A path for a new file or folder, which then takes its place by renames alone, or on an error goes."""
-    partial, old = (place.with_name(f".{place.name}.{what}") for what in ("partial", "old"))
+    old, hidden = place.with_name(f".{place.name}.old"), f".{place.name}."
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with TemporaryDirectory(".partial", hidden, place.parent, ignore_cleanup_errors=True) as room:
+            partial = Path(room, place.name)
             yield partial
             for path in [*partial.rglob("*"), partial]:
                 flush(path)
@@ -70,8 +69,6 @@ def aside(place: Path) -> Iterator[Path]:
             partial.replace(place)
             flush(place.parent)
             shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # after an error: it would keep a full disk full
 
 
 @contextmanager
@@ -88,16 +85,12 @@ def read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     try:
         digests = json.loads((folder / MANIFEST).read_bytes())
         content = {name: (folder / name).read_bytes() for name in digests}
-        wrong = [name for name, data in content.items() if sha256(data).hexdigest() != digests[name]]
+        if wrong := [name for name, data in content.items() if sha256(data).hexdigest() != digests[name]]:
+            raise BadCheckpoint(f"{folder}: {', '.join(wrong)}: not as written (checksum)")
         info = json.loads(content.pop("info.json"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
-    if wrong:
-        raise BadCheckpoint(f"{folder}: {', '.join(wrong)}: not as written (checksum)")
-    try:
         return {Path(name).stem: load(data) for name, data in content.items()}, info
-    except SafetensorError as error:  # though its checksum is right: made by somebody
-        raise BadCheckpoint(f"{folder}: its tensors are no safetensors ({error})") from error
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise BadCheckpoint(f"{folder}: not a whole checkpoint ({error})") from error
 
 
 def folders(root: Path) -> list[Path]:
@@ -147,7 +140,8 @@ class RunFolder:
 
     def mend(self) -> None:
         """Undo or clear away what a crash left half done. Nobody else may be writing in the folder."""
-        for left in [*self.root.glob(".pipeline.*"), *self.root.glob("*/.step_*")]:
+        patterns = (".pipeline.*", ".metrics.*", ".config.*", "*/.step_*")
+        for left in [path for pattern in patterns for path in self.root.glob(pattern)]:
             place = left.with_name(left.stem[1:])
             if left.suffix == ".old" and not place.exists():
                 left.rename(place)  # the crash came between the two renames

@@ -7,10 +7,9 @@ not finite raises a flag on the device that masks every later optimizer step; th
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,15 +17,12 @@ from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers import DDPMScheduler
-from ema_pytorch import EMA
-from ema_pytorch.post_hoc_ema import KarrasEMA
+from ema_pytorch import EMA, KarrasEMA
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from uvit_dia.checkpoint import BadCheckpoint, Tensors
 from uvit_dia.data import Batch, Batches
@@ -65,15 +61,13 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # accelerate's names, e.g. wandb
 
     def __post_init__(self) -> None:
+        zero = ("num_steps", "seed", "warmup_steps", "preview_every", "weight_decay")
         one = ("batch_size", "num_accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints")
-        check_least(
-            "train", self, num_steps=0, seed=0, warmup_steps=0, preview_every=0, weight_decay=0,
-            **dict.fromkeys(one, 1),
-        )  # fmt: skip
-        for name in ("ema_decay", "label_drop", "betas"):
-            value = getattr(self, name)
-            if not all(0 <= x < 1 for x in (value if name == "betas" else [value])):
-                raise ConfigError(f"train.{name}", value, "0 or more and less than 1")
+        check_least("train", self, **dict.fromkeys(zero, 0), **dict.fromkeys(one, 1))
+        shares = {"ema_decay": [self.ema_decay], "label_drop": [self.label_drop], "betas": self.betas}
+        for name, values in shares.items():
+            if not all(0 <= value < 1 for value in values):
+                raise ConfigError(f"train.{name}", getattr(self, name), "0 or more and less than 1")
         widths = self.posthoc_ema
         if widths and not 0 < min(widths) < max(widths) < 0.288:  # 1 / sqrt(12) is that of a plain mean
             raise ConfigError("train.posthoc_ema", widths, "two from 0 to 0.288, e.g. [0.05, 0.28]")
@@ -97,19 +91,19 @@ class Record(NamedTuple):
     learning_rate: float
 
 
+@dataclass
 class SpikeCounter:
     """A spike is a loss above the median of the last 200 by more than 6 robust deviations (1.4826 MAD)."""
 
-    def __init__(self, window: int = 200, threshold: float = 6.0) -> None:
-        self.count, self.threshold = 0, threshold
-        self.losses: deque[float] = deque(maxlen=window)
+    count: int = 0
+    losses: list[float] = field(default_factory=list)  # the last 200
 
     def add(self, loss: float) -> None:
         if len(self.losses) >= 20:  # fewer say nothing of the spread
             middle = median(self.losses)
             deviation = 1.4826 * median(abs(x - middle) for x in self.losses)
-            self.count += loss > middle + self.threshold * deviation
-        self.losses.append(loss)
+            self.count += loss > middle + 6 * deviation
+        self.losses = [*self.losses, loss][-200:]
 
 
 @dataclass
@@ -127,7 +121,7 @@ class TrainState:
     run: Callable[..., tuple[Tensor, Tensor]]  # `update`, or its CUDA graph
     bad: Tensor  # bool on the device, sticky: a number was not finite, and no step is taken any more
     taken: Tensor  # on the device: optimizer steps taken with finite numbers
-    posthoc: list[KarrasEMA] = field(default_factory=list)  # of train.posthoc_ema
+    posthoc: list[KarrasEMA]  # of train.posthoc_ema
     step: int = 0  # the same, of the host
     unread: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (loss, grad_norm) still on the device
     interval: list[list[float]] = field(default_factory=list)  # the same, read, since the last summary
@@ -136,31 +130,34 @@ class TrainState:
 
     def tensors(self) -> Tensors:
         """What a checkpoint holds, by file."""
-        names = [name for name, _ in self.model.named_parameters()]
-        moments = self.optimizer.state_dict()["state"]
+        named, state = self.model.named_parameters(), self.optimizer.state
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.ema_model.state_dict(),
             **{f"posthoc_{i}": ema.ema_model.state_dict() for i, ema in enumerate(self.posthoc)},
-            "optimizer": {f"{names[i]}/{key}": v for i, m in moments.items() for key, v in m.items()},
+            "optimizer": {f"{name}/{key}": v for name, p in named for key, v in state.get(p, {}).items()},
         }
 
     def info(self) -> dict[str, Any]:
         """The rest of what a checkpoint holds, as JSON."""
-        scaler = self.accelerator.scaler
         return {
             "model": dict(self.model.config),
             "ema_step": int(self.ema.step),
             "posthoc_ema": self.config.posthoc_ema,
             "interval": self.interval,
-            "spikes": {"count": self.spikes.count, "losses": list(self.spikes.losses)},
-            "scaler": scaler.state_dict() if scaler else None,
+            "spikes": asdict(self.spikes),
+            "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
         }
 
     def load(self, tensors: Tensors, info: dict[str, Any]) -> None:
         """Go on exactly where tensors and info were taken; BadCheckpoint if they are another model's."""
-        check_same_model(dict(self.model.config), info["model"])
-        if (kept := info.get("posthoc_ema")) != (self.config.posthoc_ema and [*self.config.posthoc_ema]):
+        ours = json.loads(json.dumps(self.info()))  # as a checkpoint has it: tuples are lists
+        for key, here in sorted(ours["model"].items()):
+            there = info["model"].get(key, here)
+            what = f"model.{key} is {there} there and {here} here"
+            if not key.startswith("_") and here != there:
+                raise BadCheckpoint(f"another model's checkpoint: {what}")
+        if (kept := info.get("posthoc_ema")) != ours["posthoc_ema"]:
             raise BadCheckpoint(f"other averages are in the checkpoint: set train.posthoc_ema to {kept}")
         self.model.load_state_dict(tensors["model"])
         self.ema.ema_model.load_state_dict(tensors["ema"])
@@ -169,38 +166,22 @@ class TrainState:
         for ema in (self.ema, *self.posthoc):
             ema.step.fill_(info["ema_step"])
             ema.initted.fill_(info["ema_step"] > 0)
-        numbers = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
-        moments: dict[int, dict[str, Tensor]] = {}
+        self.optimizer.state.clear()
+        parameters = dict(self.model.named_parameters())
         for key, value in tensors["optimizer"].items():
             name, kind = key.rsplit("/", 1)
-            moments.setdefault(numbers[name], {})[kind] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            self.optimizer.state[parameters[name]][kind] = value.to(self.accelerator.device)
         if self.accelerator.scaler and info["scaler"]:
             self.accelerator.scaler.load_state_dict(info["scaler"])
-        self.step = info["step"]
+        self.step, self.interval, self.spikes = info["step"], info["interval"], SpikeCounter(**info["spikes"])
         self.taken.fill_(self.step)
-        self.interval = info["interval"]
-        self.spikes.count = info["spikes"]["count"]
-        self.spikes.losses.extend(info["spikes"]["losses"])
 
 
-def check_same_model(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """BadCheckpoint that names the first argument of UViT on which two models differ."""
-    for key in sorted(ours.keys() & theirs.keys()):
-        here, there = json.loads(json.dumps(ours[key])), theirs[key]
-        if not key.startswith("_") and here != there:
-            raise BadCheckpoint(f"another model's checkpoint: model.{key} is {there} there and {here} here")
-
-
-def make_accelerator(
-    precision: str, trackers: list[str] | None = None, project_dir: Path | None = None
-) -> Accelerator:
-    """A script's accelerator; ConfigError for a tracker that is not installed."""
+def make_accelerator(precision: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """A script's accelerator, whose trackers write to `folder`; ConfigError for one that is not installed."""
     installed = [tracker.value for tracker in get_available_trackers()]
-    for name in trackers or []:
-        if name not in installed:
-            raise ConfigError("train.trackers", name, f"one that is installed: {', '.join(installed)}")
+    if missing := [name for name in trackers if name not in installed]:
+        raise ConfigError("train.trackers", missing[0], f"one that is installed: {', '.join(installed)}")
     cpu = not torch.accelerator.is_available()
     if cpu and precision == "fp16":
         raise ConfigError("precision", precision, "fp32 or bf16 on a CPU")
@@ -208,13 +189,12 @@ def make_accelerator(
     accelerator = Accelerator(
         cpu=cpu,  # said, or two CPU processes would be two runs
         mixed_precision="no" if precision == "fp32" else precision,
-        log_with=trackers or None,  # accelerate warns of an empty list
-        project_dir=project_dir,
+        log_with=list(trackers) or None,  # accelerate warns of an empty list
+        project_dir=folder,
         kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(hours=3))],
     )
     if accelerator.device.type == "cpu":  # the launcher's default is one thread a process
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return accelerator
 
 
@@ -249,31 +229,29 @@ def build(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
-    model = UViT(**model_settings).to(accelerator.device)
-    # Built on the bare model: it matches by name, and a wrapper's prefix would keep it from ever updating.
-    constant = dict(beta=config.ema_decay, min_value=config.ema_decay, update_every=1, update_after_step=0)
+    device, alone = accelerator.device, accelerator.num_processes == 1
+    model = UViT(**model_settings).to(device)
     copied = {name for name, _ in model.named_buffers()}  # BatchNorm's statistics
-    ema = EMA(
-        model, **constant, include_online_model=False, use_foreach=True, param_or_buffer_names_no_ema=copied
-    )
+    # Built on the bare model: it matches by name, and a wrapper's prefix would keep it from ever updating.
+    options: Any = dict(include_online_model=False, use_foreach=True, param_or_buffer_names_no_ema=copied)
+    options |= dict(beta=config.ema_decay, min_value=config.ema_decay, update_every=1, update_after_step=0)
+    ema = EMA(model, **options)
     ema.eval()
     posthoc = averages(model, config.posthoc_ema or (), copied)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.compile:
-        check_compiler("train.compile", accelerator.device.type)
+        check_compiler("train.compile", device.type)
         model.compile()
-    device, alone = accelerator.device, accelerator.num_processes == 1
     graphed = config.compile and device.type == "cuda" and alone and not accelerator.scaler
     rate = torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate
     options = dict(betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=graphed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, **options)
-    network, optimizer = accelerator.prepare(model, optimizer)
+    network, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=rate, **options))
     scheduler = make_scheduler(diffusion)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    bad, taken = torch.tensor(False, device=device), torch.tensor(0, device=device)
     parts = (config, accelerator, model, network, optimizer, ema, scheduler, diffusion.min_snr_gamma)
-    flags = (torch.zeros((), dtype=dtype, device=device) for dtype in (torch.bool, torch.long))
-    return TrainState(*parts, GraphedUpdate() if graphed else update, *flags, posthoc)
+    return TrainState(*parts, GraphedUpdate() if graphed else update, bad, taken, posthoc)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -291,56 +269,58 @@ def fit(state: TrainState, batches: Batches) -> Iterator[Record]:
 
     TrainingDiverged names the step and the first bad module once the host has read of such a number.
     """
-    config, alone = state.config, state.accelerator.num_processes == 1
+    config, alone, stop = state.config, state.accelerator.num_processes == 1, False
     stream = batches.from_step(state.step)
     state.network.train()
-    while state.step < config.num_steps:
-        loss, grad_norm = train_step(state, next(stream))
+    while state.step < config.num_steps and not stop:
+        batch, rate = next(stream), learning_rate(config, state.step)
+        for group in state.optimizer.param_groups:  # a CUDA graph reads the rate from a tensor
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        loss, grad_norm = state.run(state, batch.images, *draw(state, batch))
+        for ema in state.posthoc:  # outside the CUDA graph, since their decay changes with the step
+            ema.update()
         state.step += 1
         state.unread.append((loss, grad_norm))
         reads = state.step % config.log_every == 0 or state.step % config.checkpoint_every == 0
-        stop = state.stop_requested
-        if reads or state.step == config.num_steps or (alone and stop):
+        if reads or state.step == config.num_steps or (alone and state.stop_requested):
             first_bad, stop = agree(state)
             if first_bad >= 0:
                 raise TrainingDiverged(explain(state, batches, first_bad))
-        yield Record(state.step, loss, grad_norm, learning_rate(config, state.step - 1))
-        if stop and (reads or alone):
-            return
+        yield Record(state.step, loss, grad_norm, rate)
 
 
-def train_step(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
-    """One optimizer step on this process's share of the batch; returns its loss and the gradient norm."""
-    rate = learning_rate(state.config, state.step)
-    for group in state.optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-    loss, grad_norm = state.run(state, batch.images, *draw(state, batch))
-    for ema in state.posthoc:  # outside the CUDA graph, since their decay changes with the step
-        ema.update()
-    return loss, grad_norm
+def micro_batches(count: int, *inputs: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """The parts, one an accumulation step, in which a process takes its share of the batch."""
+    return zip(*([None] * count if x is None else x.chunk(count) for x in inputs), strict=True)
 
 
-def update(
-    state: TrainState, images: Tensor, noise: Tensor, t: Tensor, labels: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The step on the device, from this process's images to the averaged weights, without asking the host."""
-    config, accelerator = state.config, state.accelerator
-    size = len(images) // config.num_accumulation_steps
+def update(state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The step on the device, from the inputs of `loss_of` to the averaged weights; nothing asks the host."""
+    config, accelerator, optimizer = state.config, state.accelerator, state.optimizer
+    count = config.num_accumulation_steps
     loss = torch.zeros((), device=accelerator.device)
-    for i in range(config.num_accumulation_steps):
-        part = slice(i * size, (i + 1) * size)
-        last = i == config.num_accumulation_steps - 1
-        with nullcontext() if last else accelerator.no_sync(state.network):
-            inputs = [x if x is None else x[part] for x in (images, noise, t, labels)]
-            micro = loss_of(state, *inputs) / config.num_accumulation_steps
+    for i, micro_batch in enumerate(micro_batches(count, *inputs), 1):
+        with nullcontext() if i == count else accelerator.no_sync(state.network):
+            micro = loss_of(state, *micro_batch) / count
             # After a loss that is not finite every gradient is nan, on every process: none takes the step.
             good = torch.isfinite(micro.detach()) & ~state.bad
             accelerator.backward(micro * torch.where(good, 1.0, math.nan))
         loss += micro.detach()
-    return loss, optimizer_step(state, loss)
+    if accelerator.scaler:
+        accelerator.unscale_gradients(optimizer)
+    parameters = list(state.model.parameters())
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if config.max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
+    state.bad |= ~torch.isfinite(loss)
+    if not accelerator.scaler:  # with loss scaling an overflow is routine, and the scaler skips the step
+        state.bad |= ~torch.isfinite(grad_norm)
+        optimizer.optimizer.found_inf = state.bad.float()  # fused AdamW then leaves the weights alone
+    state.taken += ~state.bad
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state.ema.update()
+    return loss, grad_norm
 
 
 class GraphedUpdate:
@@ -361,9 +341,8 @@ class GraphedUpdate:
         given = [x for x in inputs if x is not None]
         if self.outputs is None:
             self.inputs = [x.clone() for x in given]
-            static = iter(self.inputs)
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.outputs = update(state, *(x if x is None else next(static) for x in inputs))
+                self.outputs = update(state, *self.inputs, *inputs[len(given) :])  # labels may be None
             state.ema.step -= 1  # recorded, not yet done
         torch._foreach_copy_(self.inputs, given)
         self.graph.replay()
@@ -381,47 +360,21 @@ def loss_of(state: TrainState, x0: Tensor, noise: Tensor, t: Tensor, labels: Ten
 
 def draw(state: TrainState, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Noise (b, C, H, W), timesteps (b,), labels (b,) after label drop: the global batch's, sliced."""
-    config, accelerator = state.config, state.accelerator
-    total, device = config.batch_size, accelerator.device
-    share = total // accelerator.num_processes
+    config, accelerator, device = state.config, state.accelerator, state.accelerator.device
+    total, share = config.batch_size, config.batch_size // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
-    def generator(stream: Stream) -> torch.Generator:
-        return torch_generator(config.seed, stream, batch.step, device)
+    def keyed(stream: Stream) -> dict[str, Any]:
+        return {"generator": torch_generator(config.seed, stream, batch.step, device), "device": device}
 
-    shape = (total, *batch.images.shape[1:])
-    noise = torch.randn(shape, generator=generator(Stream.NOISE), device=device)[mine]
-    num_timesteps = state.scheduler.config.num_train_timesteps
-    t = torch.randint(num_timesteps, (total,), generator=generator(Stream.TIMESTEPS), device=device)[mine]
-    if state.model.config.num_classes is None:
-        return noise, t, None
-    labels = batch.labels
-    if config.label_drop:
-        drop = (
-            torch.rand(total, generator=generator(Stream.LABEL_DROP), device=device)[mine] < config.label_drop
-        )
-        labels = torch.where(drop, state.model.config.null_label, labels)
+    noise = torch.randn(total, *batch.images.shape[1:], **keyed(Stream.NOISE))[mine]
+    num_timesteps, model = state.scheduler.config.num_train_timesteps, state.model.config
+    t = torch.randint(num_timesteps, (total,), **keyed(Stream.TIMESTEPS))[mine]
+    labels = None if model.num_classes is None else batch.labels
+    if config.label_drop:  # there is a null_label then
+        drop = torch.rand(total, **keyed(Stream.LABEL_DROP))[mine] < config.label_drop
+        labels = torch.where(drop, model.null_label, batch.labels)
     return noise, t, labels
-
-
-def optimizer_step(state: TrainState, loss: Tensor) -> Tensor:
-    """Clip, step and average, unless something was not finite; returns the norm before clipping."""
-    config, accelerator, optimizer = state.config, state.accelerator, state.optimizer
-    if accelerator.scaler:
-        accelerator.unscale_gradients(optimizer)
-    parameters = list(state.model.parameters())
-    grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if config.max_grad_norm is not None:
-        clip_grads_with_norm_(parameters, config.max_grad_norm, grad_norm)
-    state.bad |= ~torch.isfinite(loss)
-    if not accelerator.scaler:  # with loss scaling an overflow is routine, and the scaler skips the step
-        state.bad |= ~torch.isfinite(grad_norm)
-        optimizer.optimizer.found_inf = state.bad.float()  # fused AdamW then leaves the weights alone
-    state.taken += ~state.bad
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    state.ema.update()
-    return grad_norm
 
 
 def agree(state: TrainState) -> tuple[int, bool]:
@@ -429,10 +382,9 @@ def agree(state: TrainState) -> tuple[int, bool]:
     values = torch.stack([torch.stack(pair).float() for pair in state.unread])  # (steps, 2)
     state.interval += state.accelerator.reduce(values, reduction="mean").tolist()
     state.unread.clear()
-    first_bad = torch.where(state.bad, state.taken, -1)
-    stop = torch.full_like(first_bad, int(state.stop_requested))
-    flags = state.accelerator.gather(torch.stack([first_bad, stop])[None])  # (processes, 2)
-    first_bad, stop = flags.max(dim=0).values.tolist()
+    stop = torch.full_like(state.taken, state.stop_requested)
+    flags = torch.stack([torch.where(state.bad, state.taken, -1), stop])
+    first_bad, stop = state.accelerator.gather(flags[None]).max(dim=0).values.tolist()
     scaler = state.accelerator.scaler
     if scaler and scaler.get_scale() < 1e-3:
         what = f"step {state.step}: the fp16 loss scale fell to {scaler.get_scale():g}"
@@ -442,8 +394,8 @@ def agree(state: TrainState) -> tuple[int, bool]:
 
 def summary(state: TrainState) -> dict[str, float]:
     """Mean loss and gradient norm of the steps since the last summary, which fit has read; counts spikes."""
-    losses, norms = zip(*state.interval, strict=True)
-    norms = [norm for norm in norms if math.isfinite(norm)]  # fp16 skips the steps that overflow
+    losses = [loss for loss, _ in state.interval]
+    norms = [norm for _, norm in state.interval if math.isfinite(norm)]  # fp16 skips the steps that overflow
     state.interval.clear()
     for loss in losses:
         state.spikes.add(loss)
@@ -459,38 +411,28 @@ def summary(state: TrainState) -> dict[str, float]:
 
 def explain(state: TrainState, batches: Batches, step: int) -> str:
     """Replay a bad step, whose weights the mask has kept, and name where the first bad number arose."""
-    batch = next(batches.from_step(step))
-    where = "numbers that a replay does not show, as those of another process's share of the batch"
-    if not torch.isfinite(batch.images).all():
-        where = "the images"
-    elif bad := [name for name, p in state.model.named_parameters() if not torch.isfinite(p).all()]:
-        where = f"the weight {bad[0]}"
-    elif bad := bad_outputs(state, batch):
-        where = f"the output of {bad[0]}"
-    elif bad := [
-        n for n, p in state.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
-    ]:
-        where = f"the gradient of {bad[-1]}"  # the backward pass comes to the last one first
-    return f"step {step + 1}: not finite in {where}; the last checkpoint is good"
+    batch, model = next(batches.from_step(step)), state.model
+    outputs: list[str] = []  # that are bad, in the order of the forward pass
 
-
-def bad_outputs(state: TrainState, batch: Batch) -> list[str]:
-    """The modules whose outputs are not finite, in the order of the forward pass; gradients stay in place."""
-    found: list[str] = []
+    def bad(named: Iterable[tuple[str, Any]]) -> list[str]:
+        return [name for name, x in named if isinstance(x, Tensor) and not x.isfinite().all()]
 
     def look(module: nn.Module, args: Any, output: Any, name: str) -> None:
-        outputs = output if isinstance(output, tuple) else (output,)
-        if any(isinstance(x, Tensor) and not x.isfinite().all() for x in outputs):
-            found.append(name)
+        outputs.extend(bad((name, x) for x in (output if isinstance(output, tuple) else (output,))))
 
-    hooks = [m.register_forward_hook(partial(look, name=n)) for n, m in state.model.named_modules() if n]
-    compiled, state.model._compiled_call_impl = (
-        state.model._compiled_call_impl,
-        None,
-    )  # compiled code runs no hooks
-    state.model.zero_grad()
-    loss_of(replace(state, network=state.model), batch.images, *draw(state, batch)).backward()
-    state.model._compiled_call_impl = compiled
+    hooks = [m.register_forward_hook(partial(look, name=n)) for n, m in model.named_modules() if n]
+    model.zero_grad()
+    with torch.compiler.set_stance("force_eager"):  # compiled code runs no hooks
+        for inputs in micro_batches(state.config.num_accumulation_steps, batch.images, *draw(state, batch)):
+            loss_of(replace(state, network=model), *inputs).backward()
     for hook in hooks:
         hook.remove()
-    return found
+    weights = list(model.named_parameters())
+    found = [
+        *bad([("the images", batch.images)]),
+        *bad((f"the weight {name}", weight) for name, weight in weights),
+        *(f"the output of {name}" for name in outputs),
+        *bad((f"the gradient of {name}", weight.grad) for name, weight in reversed(weights)),
+        "numbers that a replay does not show, as those of another process's share of the batch",
+    ]
+    return f"step {step + 1}: not finite in {found[0]}; the last checkpoint is good"
