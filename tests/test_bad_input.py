@@ -433,6 +433,25 @@ def test_a_file_system_that_refuses_is_one_line_and_a_bug_is_a_traceback(tmp_pat
         errors.run(lambda: (_ for _ in ()).throw(OSError("nothing of files")))
 
 
+def out_of_memory() -> None:
+    if torch.cuda.is_available():
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    statistics = "GPU 0 has a total capacity of 1.00 GiB of which 0 bytes is free. See the documentation."
+    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 1.00 PiB. {statistics}")
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_full_gpu_is_one_line_of_what_to_lower_from_the_process_that_has_it(
+    local_rank, capsys, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert errors.run(out_of_memory) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: CUDA out of memory. Tried to allocate ") and len(err.splitlines()) == 1
+    assert "lower train.batch_size or raise train.num_accumulation_steps" in err
+    assert "sampling: sample.batch_size" in err and "total capacity" not in err
+
+
 # Files that may come from anyone.
 
 
