@@ -77,6 +77,8 @@ FILES = {
     "dotted.yaml": "model.unit: payload.Unit\n",
     "import.yaml": "train: payload.Unit\n",
     "axes.yaml": "axes: {model.unit: [{class_path: payload.Unit}]}\n",
+    "axes_dotted.yaml": "axes: {model.unit.class_path: [payload.Unit]}\n",
+    "axes_model.yaml": "axes: {model: [{unit: payload.Unit}]}\n",
     "include.yaml": "config: /etc/passwd\n",
     "payload.py": "import pathlib; pathlib.Path('{tmp}/ran').touch()\n",
     "file.txt": "text\n",
@@ -320,6 +322,8 @@ COMPARE = """
 --axis train.seed=0,x -> train.seed
 --axis train.seed=0,1 --jobs 0 -> jobs: '0' will not do
 --config {tmp}/axes.yaml --output_dir {tmp}/out -> class_path: no such key
+--config {tmp}/axes_dotted.yaml --output_dir {tmp}/out -> class_path: no such key
+--config {tmp}/axes_model.yaml --output_dir {tmp}/out -> model.unit: 'payload.Unit' will not do
 --axis train.seed=0,1 --config {tmp}/nowhere.yaml -> can't be parsed as YAML
 """
 CASES = [

@@ -50,22 +50,23 @@ class ConfigFile(ActionConfigFile):
             raise UserError(f"--config: {values} can't be parsed as YAML ({why}); mend or leave it") from None
         if not isinstance(content, dict):
             raise ConfigError("--config", values, "a file of settings, such as train: {batch_size: 32}")
-        sections = {name: content[name] for name in ("model", *SECTIONS) if name in content}
-        for name, section in sections.items():
-            if not isinstance(section, dict):
-                raise ConfigError(name, section, "a mapping of settings")
-        if not isinstance(unit := content.get("model", {}).get("unit"), dict | None):
-            raise ConfigError("model.unit", unit, A_UNIT)
-        keys = [*map(str, content), *all_keys(sections)]
-        if odd := [key for key in keys if "." in key or key in ("class_path", "config")]:
-            raise UserError(f"{odd[0]}: no such key in {values}")
+        if dotted := [key for key in map(str, content) if "." in key]:
+            raise UserError(f"{dotted[0]}: no such key in {values}")
+        check_safe(content)
         super().__call__(parser, cfg, values, option_string)
 
 
-def all_keys(content: Any) -> list[str]:
-    """The keys of mappings in mappings."""
-    items = content.items() if isinstance(content, dict) else ()
-    return [name for key, value in items for name in (str(key), *all_keys(value))]
+def check_safe(value: Any, key: str = "") -> None:
+    """ConfigError or UserError where jsonargparse would import or open what a setting in `value` names."""
+    if {"class_path", "config"} & {*key.split(".")}:
+        raise UserError(f"{key}: no such key")
+    if isinstance(value, dict):
+        for name, part in value.items():
+            check_safe(part, f"{key}.{name}" if key else str(name))
+    elif key in ("model", *SECTIONS):
+        raise ConfigError(key, value, "a mapping of settings")
+    elif key == "model.unit" and value is not None:
+        raise ConfigError(key, value, A_UNIT)
 
 
 # What jsonargparse says of keys (group, name) and of values (key, type, value).
@@ -94,8 +95,7 @@ class Parser(ArgumentParser):
                 action.help = comment.replace("%", "%%") if action.dest.startswith(prefix) else action.help
 
     def parse_object(self, cfg_obj: Any, *args: Any, **options: Any) -> Any:
-        if "class_path" in all_keys(cfg_obj):  # an axis, which may stand in anyone's file
-            raise UserError("class_path: no such key")
+        check_safe(cfg_obj)  # of an axis, which may stand in anyone's file
         return super().parse_object(cfg_obj, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
