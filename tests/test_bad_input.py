@@ -77,6 +77,8 @@ FILES = {
     "dotted.yaml": "model.unit: payload.Unit\n",
     "import.yaml": "train: payload.Unit\n",
     "axes.yaml": "axes: {model.unit: [{class_path: payload.Unit}]}\n",
+    "axes_dotted.yaml": "axes: {model.unit.class_path: [payload.Unit]}\n",
+    "axes_model.yaml": "axes: {model: [{unit: payload.Unit}]}\n",
     "include.yaml": "config: /etc/passwd\n",
     "payload.py": "import pathlib; pathlib.Path('{tmp}/ran').touch()\n",
     "file.txt": "text\n",
@@ -320,6 +322,8 @@ COMPARE = """
 --axis train.seed=0,x -> train.seed
 --axis train.seed=0,1 --jobs 0 -> jobs: '0' will not do
 --config {tmp}/axes.yaml --output_dir {tmp}/out -> class_path: no such key
+--config {tmp}/axes_dotted.yaml --output_dir {tmp}/out -> class_path: no such key
+--config {tmp}/axes_model.yaml --output_dir {tmp}/out -> model.unit: 'payload.Unit' will not do
 --axis train.seed=0,1 --config {tmp}/nowhere.yaml -> can't be parsed as YAML
 """
 CASES = [
@@ -431,6 +435,25 @@ def test_a_file_system_that_refuses_is_one_line_and_a_bug_is_a_traceback(tmp_pat
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/x/y: No such file or directory")
     with pytest.raises(OSError, match="nothing of files"):
         errors.run(lambda: (_ for _ in ()).throw(OSError("nothing of files")))
+
+
+def out_of_memory() -> None:
+    if torch.cuda.is_available():
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    statistics = "GPU 0 has a total capacity of 1.00 GiB of which 0 bytes is free. See the documentation."
+    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 1.00 PiB. {statistics}")
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_full_gpu_is_one_line_of_what_to_lower_from_the_process_that_has_it(
+    local_rank, capsys, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert errors.run(out_of_memory) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: CUDA out of memory. Tried to allocate ") and len(err.splitlines()) == 1
+    assert "lower train.batch_size or raise train.num_accumulation_steps" in err
+    assert "sampling: sample.batch_size" in err and "total capacity" not in err
 
 
 # Files that may come from anyone.

@@ -99,6 +99,9 @@ def test_a_wrong_argument_is_one_line_that_names_it(argv, says):
         ("train: {batch_size: [1]}", "train.batch_size"),
         ("train: [1, 2", "parsing"),
         ("model: {unit: {kind: dia_lstm, gate_scal: 4}}", "model.unit.gate_scal: no such key"),
+        ("model: {unit: 3}", "model.unit: 3 will not do; expected null or a mapping with kind"),
+        ("train: {batch_size: null}", "train.batch_size: None will not do; expected int"),
+        ("model: {unit.class_path: payload.Unit}", "model.unit.class_path: no such key"),
         ("a: !!python/object/apply:os.system ['true']", "pars"),
     ],
 )

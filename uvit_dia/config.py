@@ -6,8 +6,7 @@ import subprocess
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import getsource, unwrap
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -36,6 +35,7 @@ class Config:
     evaluate: EvaluateConfig
 
 
+A_UNIT = f"null or a mapping with kind, {one_of('', list(UNITS))}"
 SECTIONS = {part.name: part.type for part in fields(Config) if is_dataclass(part.type)}
 
 
@@ -50,22 +50,32 @@ class ConfigFile(ActionConfigFile):
             raise UserError(f"--config: {values} can't be parsed as YAML ({why}); mend or leave it") from None
         if not isinstance(content, dict):
             raise ConfigError("--config", values, "a file of settings, such as train: {batch_size: 32}")
-        sections = {name: content[name] for name in ("model", *SECTIONS) if name in content}
-        for name, section in sections.items():
-            if not isinstance(section, dict):
-                raise ConfigError(name, section, "a mapping of settings")
-        if isinstance(unit := content.get("model", {}).get("unit"), str):
-            raise ConfigError("model.unit", unit, f"null or a mapping with kind, {one_of('', list(UNITS))}")
-        keys = [*map(str, content), *all_keys(sections)]
-        if odd := [key for key in keys if "." in key or key in ("class_path", "config")]:
-            raise UserError(f"{odd[0]}: no such key in {values}")
+        if dotted := [key for key in map(str, content) if "." in key]:
+            raise UserError(f"{dotted[0]}: no such key in {values}")
+        check_safe(content)
         super().__call__(parser, cfg, values, option_string)
 
 
-def all_keys(content: Any) -> list[str]:
-    """The keys of mappings in mappings."""
-    items = content.items() if isinstance(content, dict) else ()
-    return [name for key, value in items for name in (str(key), *all_keys(value))]
+def check_safe(value: Any, key: str = "") -> None:
+    """ConfigError or UserError where jsonargparse would import or open what a setting in `value` names."""
+    if {"class_path", "config"} & {*key.split(".")}:
+        raise UserError(f"{key}: no such key")
+    if isinstance(value, dict):
+        for name, part in value.items():
+            check_safe(part, f"{key}.{name}" if key else str(name))
+    elif key in ("model", *SECTIONS):
+        raise ConfigError(key, value, "a mapping of settings")
+    elif key == "model.unit" and value is not None:
+        raise ConfigError(key, value, A_UNIT)
+
+
+# What jsonargparse says of keys (group, name) and of values (key, type, value).
+UNKNOWN = r"(?:Group '(.*?)' does not accept option '|Option '|unrecognized arguments: -*)([\w.]+)"
+WRONG_VALUES = (
+    r'Parser key "([\w.]+)":\s*Expected a (.*?)\. Got value: (.*)',
+    r'Parser key "([\w.]+)":.*?Subtypes: \[(.*?)\]\n.*Given value: (.*)',
+    r'Parser key "([\w.]+)":\s*Not of type (.*?): (.*) does not conform',
+)
 
 
 class Parser(ArgumentParser):
@@ -85,8 +95,7 @@ class Parser(ArgumentParser):
                 action.help = comment.replace("%", "%%") if action.dest.startswith(prefix) else action.help
 
     def parse_object(self, cfg_obj: Any, *args: Any, **options: Any) -> Any:
-        if "class_path" in all_keys(cfg_obj):  # an axis, which may stand in anyone's file
-            raise UserError("class_path: no such key")
+        check_safe(cfg_obj)  # of an axis, which may stand in anyone's file
         return super().parse_object(cfg_obj, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -94,41 +103,22 @@ class Parser(ArgumentParser):
 
     def one_line(self, message: str) -> str:
         """jsonargparse's message, cut to the key, what is wrong, and the nearest key that there is."""
-        if 'Parser key "model.unit"' in message or "UnitConfig" in message:
-            return self.one_line_of_unit(message)
-        keys = [action.dest for action in self._actions if action.dest not in ("help", "print_config")]
-        group = re.search(r"Group '([\w.]+)' does not accept", message)
-        unknown = (
-            re.search(r"[Oo]ption '([\w.]+)'", message)
-            or re.search(r"[Kk]ey '([\w.]+)' is not expected", message)
-            or re.search(r"unrecognized arguments: -*([\w.]+)", message)
-        )
-        if unknown:
-            name = f"{group[1]}.{unknown[1]}" if group else unknown[1]
+        if unit := re.search(r"UnitConfig.*?Errors:\s*- (.*?)\n\s*- Expected a ", message, re.DOTALL):
+            if "required: kind" in unit[1]:
+                return f"model.unit.kind: missing; {one_of('', list(UNITS))}"
+            if "import path" in unit[1] or "class_path" in unit[1]:
+                return f"model.unit: expected {A_UNIT}"
+            return f"model.unit.{unit[1].removeprefix('model.unit.')}"  # cut by the parser of UnitConfig
+        if unknown := re.search(UNKNOWN, message):
+            name = ".".join(filter(None, unknown.groups()))
+            keys = [action.dest for action in self._actions if action.dest not in ("help", "print_config")]
             return f"{name}: no such key{nearest(name, keys)}"
-        plain_type = r'Parser key "([\w.]+)":\s*Expected a (.*?)\. Got value: (.*)'
-        union_type = r'Parser key "([\w.]+)":.*?Subtypes: \[(.*?)\]\n.*Given value: (.*)'
-        restricted_type = r'Parser key "([\w.]+)":\s*Not of type (.*?): (.*) does not conform'
-        for pattern in (plain_type, union_type, restricted_type):
+        for pattern in WRONG_VALUES:
             if wrong := re.search(pattern, message, re.DOTALL):
-                return f"{wrong[1]}: {wrong[3]!r} will not do; expected {types(wrong[2])}"
+                value = None if wrong[3] == "None" else wrong[3]
+                types = re.sub(r"<class '(.*?)'>|typing\.", r"\1", wrong[2]).replace("NoneType", "null")
+                return str(ConfigError(wrong[1], value, types))
         return message
-
-    def one_line_of_unit(self, message: str) -> str:
-        """The same for model.unit, whose message stands inside one that lists null as the other type."""
-        found = re.search(r"Errors:\s*- (.*?)\n\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
-        inner = found[1] if found else "import path"
-        if "arguments are required: kind" in inner:
-            return f"model.unit.kind: missing; {one_of('', list(UNITS))}"
-        line = self.one_line(inner)
-        if "import path" in line or "class_path" in line:
-            return f"model.unit: expected null or a mapping with kind, one of {', '.join(UNITS)}"
-        return line if line.startswith("model.unit.") else f"model.unit.{line}"
-
-
-def types(names: str) -> str:
-    """Python's names of types as people write them."""
-    return re.sub(r"<class '(.*?)'>|typing\.", r"\1", names).replace("NoneType", "null")
 
 
 def run_parser(description: str) -> Parser:
@@ -146,11 +136,9 @@ def to_config(parser: Parser, parsed: Namespace) -> Config:
     """Type and check what was parsed; ConfigError or UserError where it does not hold together."""
     files = parsed.config or []
     name = Path(str(files[-1])).stem if files else "digits"
-    for section, settings in {"model": UViT.__init__, **SECTIONS}.items():
-        for key, kind in get_type_hints(settings).items():
-            if parsed[section].get(key, True) is None and NoneType not in get_args(kind):
-                raise ConfigError(f"{section}.{key}", None, types(str(kind)))
     try:
+        for section in ("model", *SECTIONS):
+            parser.validate(parsed[section], False, branch=section)  # a null in a file is not checked before
         made = parser.instantiate(parsed)
         model = vars(made.model)
         model["unit"] = model["unit"] and model["unit"].as_dict()

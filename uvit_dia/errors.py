@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from torch import OutOfMemoryError
+
 
 class UserError(Exception):
     """Something outside the code is wrong: input, file, machine. The message is the line that people read."""
@@ -63,14 +65,19 @@ def one_of(name: str, known: list[str]) -> str:
 
 def run(main: Callable[[], int | None]) -> int:
     """The exit code of `main`; a UserError has its own, and the first process of each machine prints it."""
+    prints, code = os.environ.get("LOCAL_RANK", "0") == "0", 2
     try:
         return main() or 0
     except UserError as error:
         line, code = str(error), error.exit_code
+    except OutOfMemoryError as error:
+        why, prints = str(error).partition(". GPU ")[0], True  # the GPU of one process alone may be full
+        training = "train.batch_size or raise train.num_accumulation_steps"
+        line = f"{why}; lower {training} (sampling: sample.batch_size, scoring: evaluate.batch_size)"
     except OSError as error:  # of files: no permission, a full disk, a folder where a file should be
         if error.filename is None:
             raise
-        line, code = f"{error.filename}: {error.strerror}; mend that, or name another place", 2
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        line = f"{error.filename}: {error.strerror}; mend that, or name another place"
+    if prints:
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
     return code
