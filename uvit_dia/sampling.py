@@ -97,10 +97,10 @@ def launch(pipeline: UViTPipeline, config: SampleConfig, stream: Stream, start: 
     # compiled for one size, so the last batch is filled up with images that are left out again
     drawn = range(start, start + (config.batch_size if config.compile else len(indices)))
     labels = pipeline.classes_in_turn(drawn) if one is None else [one] * len(drawn)
-    noise = [torch_generator(config.seed, stream, i) for i in drawn]
+    generators = [torch_generator(config.seed, stream, i) for i in drawn]
     dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
     with torch.autocast(device.type, dtype, enabled=config.precision != "fp32"):
-        images = pipeline(len(drawn), labels, config.guidance_scale, config.steps, noise, "pt")[0]
+        images = pipeline(len(drawn), labels, config.guidance_scale, config.steps, generators, "pt")[0]
     pixels = (images[: len(indices)] * 255).round().to(torch.uint8).to("cpu", non_blocking=True)
     copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
     return indices, pixels, copied
