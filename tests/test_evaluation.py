@@ -526,7 +526,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out_of_the_table(run, tmp_path, 
     script("evaluate", [folder, "--checkpoints", "--num_seeds", 1])
     rows = list(csv.DictReader((folder / "evaluation" / "checkpoints.csv").open()))
     assert [row["step"] for row in rows] == ["2", "6"]
-    assert "step_00000004: ema.safetensors is not as it was written" in capsys.readouterr().err
+    assert "step_00000004: ema.safetensors: not as written" in capsys.readouterr().err
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(UserError, match="no checkpoint"):
         script("evaluate", [folder, "--checkpoints"])
