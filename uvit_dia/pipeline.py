@@ -5,6 +5,7 @@ from inspect import signature
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -41,26 +42,19 @@ class UViTPipeline(DiffusionPipeline):
         guidance_scale: uncond + s (cond - uncond); 1 is off (the official code's 0.4 is 1.4 here).
         generator: one, or one an image. output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1].
         """
-        unet = self.unet
         labels = self.labels(batch_size, class_labels)  # (B,) or None
-        guided = guidance_scale != 1.0
         self.check(guidance_scale, num_inference_steps)
-        shape = (batch_size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        x = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps)
-        x = x * self.scheduler.init_noise_sigma
-        takes_noise = "generator" in signature(self.scheduler.step).parameters
-        noise = {"generator": generator} if takes_noise else {}
+        size = self.unet.config.sample_size
+        shape = (batch_size, self.unet.config.in_channels, size, size)
+        x = self.scheduler.init_noise_sigma * randn_tensor(shape, generator, self.device, torch.float32)
+        noise = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
         moved = self.scheduler.timesteps.to(self.device)  # at once: a copy a step would wait for it
         for t, t_moved in zip(self.progress_bar(self.scheduler.timesteps), moved, strict=True):
             x_in = self.scheduler.scale_model_input(x, t)
-            prediction = self.predict(x_in, t_moved, labels, guidance_scale if guided else None)
+            prediction = self.predict(x_in, t_moved, labels, guidance_scale if guidance_scale != 1 else None)
             x = self.scheduler.step(prediction, t, x, **noise).prev_sample
-        images = (x / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+        images = VaeImageProcessor().postprocess(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def predict(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance_scale: float | None) -> Tensor:
@@ -68,19 +62,17 @@ class UViTPipeline(DiffusionPipeline):
         if guidance_scale is None or labels is None:
             return self.unet(x, t, labels).sample.float()
         null = torch.full_like(labels, self.unet.config.null_label)
-        both = self.unet(torch.cat([x, x]), t, torch.cat([labels, null])).sample.float()
-        cond, uncond = both.chunk(2)
+        cond, uncond = self.unet(torch.cat([x, x]), t, torch.cat([labels, null])).sample.float().chunk(2)
         return uncond + guidance_scale * (cond - uncond)
 
     def labels(self, batch_size: int, class_labels: Sequence[int] | Tensor | None) -> Tensor | None:
         """The labels of a batch, (B,) on the device; ConfigError where they do not fit the model."""
-        if class_labels is None:
-            class_labels = self.classes_in_turn(range(batch_size))
-        if class_labels is None:
+        chosen = self.classes_in_turn(range(batch_size)) if class_labels is None else class_labels
+        if chosen is None:
             return None
-        for label in class_labels:
+        for label in chosen:
             self.check(class_label=int(label))
-        return torch.as_tensor(class_labels, device=self.device, dtype=torch.long)
+        return torch.as_tensor(chosen, device=self.device, dtype=torch.long)
 
     def check(self, guidance_scale: float = 1.0, steps: int = 1, class_label: int | None = None) -> None:
         """ConfigError where the model can't sample so: ask before the work, not at the first preview."""
@@ -89,10 +81,9 @@ class UViTPipeline(DiffusionPipeline):
             raise ConfigError("guidance_scale", guidance_scale, "1 for a model without a null_label")
         if steps > num_timesteps:
             raise ConfigError("steps", steps, f"at most the {num_timesteps} timesteps of training")
-        if class_label is not None and not 0 <= class_label < (model.num_classes or 0):
-            known = (
-                f"0 to {model.num_classes - 1}" if model.num_classes else "null: the model is unconditional"
-            )
+        classes = range(model.num_classes or 0)
+        if class_label is not None and class_label not in classes:
+            known = f"0 to {classes[-1]}" if classes else "null: the model is unconditional"
             raise ConfigError("class_label", class_label, known)
 
     def classes_in_turn(self, indices: Sequence[int]) -> list[int] | None:

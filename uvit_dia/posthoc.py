@@ -28,27 +28,24 @@ def synthesize(root: Path, step: int, widths: Sequence[float] = ()) -> dict[floa
     `root` holds snapshots as checkpoints, whose info names the widths that were kept as `posthoc_ema`; no
     `widths`: five, evenly spaced between these. UserError for one that is not, or if there is no snapshot.
     """
-    known = {folder: json.loads((folder / "info.json").read_text()) for folder in folders(root)}
-    known = {folder: info for folder, info in known.items() if info["step"] <= step}
-    if step not in [info["step"] for info in known.values()]:
+    infos = {folder: json.loads((folder / "info.json").read_text()) for folder in folders(root)}
+    infos = {folder: info for folder, info in infos.items() if info["step"] <= step}
+    if step not in [info["step"] for info in infos.values()]:
         raise UserError(f"{root}: no snapshot of step {step}; train with --train.posthoc_ema '[0.05, 0.28]'")
-    kept = next(iter(known.values()))["posthoc_ema"]
-    low, high = min(kept), max(kept)
+    kept = next(iter(infos.values()))["posthoc_ema"]
+    low, high = sorted(kept)
     widths = widths or [round(low + (high - low) * i / 4, 4) for i in range(5)]
     if outside := [width for width in widths if not low <= width <= high]:
-        raise UserError(
-            f"ema_sweep: {outside[0]} is not between {low} and {high}, the widths that the run kept"
-        )
+        raise UserError(f"ema_sweep: {outside[0]} is not between {low} and {high}, which the run kept")
     # after n steps KarrasEMA's decay is (1 - 1 / (n + 1))^(gamma + 1): its time is n + 1
-    times = torch.tensor([info["step"] + 1.0 for info in known.values() for _ in kept])
-    gammas = torch.tensor([sigma_rel_to_gamma(width) for width in kept] * len(known))
-    wanted = torch.tensor([sigma_rel_to_gamma(width) for width in widths])
-    weights = solve_weights(times, gammas, torch.full_like(wanted, step + 1.0), wanted)  # (snapshots, widths)
-    found: dict[float, dict[str, Tensor]] = {width: {} for width in widths}
-    for folder, parts in zip(known, weights.view(len(known), len(kept), -1), strict=True):
+    times = torch.tensor([info["step"] + 1.0 for info in infos.values()])
+    gammas, wanted = (torch.tensor([*map(sigma_rel_to_gamma, some)]) for some in (kept, widths))
+    pairs = torch.cartesian_prod(times, gammas).T
+    weights = solve_weights(*pairs, torch.tensor(step + 1.0), wanted)  # (snapshots * kept, widths)
+    sums: dict[str, Tensor] = {}
+    for folder, parts in zip(infos, weights.float().chunk(len(infos)), strict=True):  # (kept, widths)
         tensors, _ = read(folder)
-        for i, part in enumerate(parts.tolist()):
-            for average, weight in zip(found.values(), part, strict=True):
-                for name, value in tensors[str(i)].items():
-                    average[name] = average.get(name, 0) + weight * value.float()
-    return found
+        for name in tensors["0"]:
+            values = torch.stack([tensors[str(i)][name].float() for i in range(len(kept))])  # (kept, ...)
+            sums[name] = sums.get(name, 0) + torch.tensordot(parts.T, values, 1)  # (widths, ...)
+    return {width: {name: total[i] for name, total in sums.items()} for i, width in enumerate(widths)}

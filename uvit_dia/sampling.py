@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers.utils import logging
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -35,9 +34,7 @@ class SampleConfig:
     guidance_scale: float = 1.0  # uncond + s (cond - uncond); 1: off
     batch_size: int = 100  # images denoised together; another one may change the last bit of an image
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network alone
-    compile: bool = (
-        False  # torch.compile the network for one batch size; slow to start; needs a C++ compiler on a CPU
-    )
+    compile: bool = False  # torch.compile the network: slow to start; needs a C++ compiler on a CPU
 
     def __post_init__(self) -> None:
         check_least("sample", self, num_images=1, steps=1, batch_size=1, seed=0)
@@ -57,7 +54,7 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
     logging.disable_progress_bar()  # of two small files
     try:
         pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)
-        training = found / "training.json" if found else Path()
+        training = Path(found or source, "training.json")
         about = dict(json.loads(training.read_text())) if training.is_file() else {}
     except Exception as error:
         raise UserError(f"{source}: no run, pipeline or Hub id that can be loaded ({error})") from error
@@ -65,7 +62,6 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
         logging.enable_progress_bar()
     if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
         raise UserError(f"{source}: its weights are not those of its config; export it again")
-    pipeline.unet.eval()
     return pipeline.to(device), about
 
 
@@ -81,50 +77,41 @@ def generate(
     Batches are the same whatever the number of processes, which take them in turn. Noise comes from one
     generator an image, on the CPU. A batch is handed out while the device works on the next.
     """
+    pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    if config.compile and pipeline.unet._compiled_call_impl is None:
+        check_compiler("sample.compile", pipeline.device.type)
+        pipeline.unet.compile(dynamic=False)
     starts = range(rank * config.batch_size, config.num_images, world * config.batch_size)
-    for (indices, images, copied), _ in pairwise(chain(launch(pipeline, config, stream, starts), [None])):
+    launched = (launch(pipeline, config, stream, start) for start in starts)
+    for (indices, images, copied), _ in pairwise(chain(launched, [()])):
         if copied is not None:
             copied.synchronize()
         yield indices, images
 
 
-def launch(
-    pipeline: UViTPipeline, config: SampleConfig, stream: Stream, starts: range
-) -> Iterator[tuple[Tensor, Tensor, torch.cuda.Event | None]]:
-    """What `generate` yields, but images are there only after the event."""
-    pipeline.scheduler = make_sampler(config.sampler, pipeline.scheduler)
-    pipeline.set_progress_bar_config(disable=True)
+def launch(pipeline: UViTPipeline, config: SampleConfig, stream: Stream, start: int) -> tuple:
+    """The batch that starts at this index, and on a GPU the event after which its images are there."""
     device, one = pipeline.device, config.class_label
-    if config.compile and pipeline.unet._compiled_call_impl is None:
-        check_compiler("sample.compile", device.type)
-        pipeline.unet.compile(dynamic=False)
+    indices = torch.arange(start, min(start + config.batch_size, config.num_images))
+    # compiled for one size, so the last batch is filled up with images that are left out again
+    drawn = range(start, start + (config.batch_size if config.compile else len(indices)))
+    labels = pipeline.classes_in_turn(drawn) if one is None else [one] * len(drawn)
+    generators = [torch_generator(config.seed, stream, i) for i in drawn]
     dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
-    for start in starts:
-        indices = torch.arange(start, min(start + config.batch_size, config.num_images))
-        # compiled for one size, so the last batch is filled up with images that are left out again
-        drawn = range(start, start + (config.batch_size if config.compile else len(indices)))
-        with torch.autocast(device.type, dtype, enabled=config.precision != "fp32"):
-            images = pipeline(
-                len(drawn),
-                class_labels=pipeline.classes_in_turn(drawn) if one is None else [one] * len(drawn),
-                guidance_scale=config.guidance_scale,
-                num_inference_steps=config.steps,
-                generator=[torch_generator(config.seed, stream, i) for i in drawn],
-                output_type="pt",
-            ).images[: len(indices)]
-        images = (images * 255).round().to(torch.uint8).to("cpu", non_blocking=True)
-        copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        yield indices, images, copied
+    with torch.autocast(device.type, dtype, enabled=config.precision != "fp32"):
+        images = pipeline(len(drawn), labels, config.guidance_scale, config.steps, generators, "pt")[0]
+    pixels = (images[: len(indices)] * 255).round().to(torch.uint8).to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+    return indices, pixels, copied
 
 
-def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """One picture of uint8 images (n, C, H, W): small ones are enlarged smoothly, for people."""
+def grid(images: Tensor) -> Image.Image:
+    """One picture of uint8 images (n, C, H, W) in a square: small ones are enlarged smoothly, for people."""
     scale = max(1, 64 // images.shape[-1])
-    if scale > 1:
-        larger = F.interpolate(images.float(), scale_factor=scale, mode="bicubic")
-        images = larger.round().clamp(0, 255).byte()
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    return to_pil_image(make_grid(images, nrow=columns, padding=2, pad_value=128))
+    larger = nn.functional.interpolate(images.float(), scale_factor=scale, mode="bicubic")
+    columns = math.ceil(math.sqrt(len(images)))
+    return to_pil_image(make_grid(larger.round().clamp(0, 255).byte(), columns, padding=2, pad_value=128))
 
 
 def save_images(images: Tensor, indices: Tensor, folder: Path) -> None:
