@@ -185,6 +185,14 @@ def test_a_pattern_without_modules_that_have_a_width_is_one_clear_line(pattern):
         attach(ResNet(n=1), pattern, {"kind": "se"})
 
 
+def test_a_unit_that_does_not_fit_a_later_stage_leaves_the_model_as_it_was():
+    model, x = Wrap(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 20, 1))), torch.randn(1, 3, 4, 4)
+    before = model(x)
+    with pytest.raises(ConfigError, match="16 will not do; expected a divisor of the 20 channels"):
+        attach(model, "layer.?", {"kind": "se", "reduction": 16})
+    assert torch.equal(model(x), before)
+
+
 def test_a_second_attach_and_a_grid_unit_on_no_square_of_tokens_are_one_clear_line():
     model = Wrap(nn.LayerNorm(16))
     attach(model, "layer", {"kind": "spa"})

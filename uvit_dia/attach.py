@@ -1,12 +1,10 @@
 """The shared unit on other backbones: a module's output is rescaled by a unit that its whole stage shares."""
 
 from collections import ChainMap
-from collections.abc import Mapping
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import groupby
-from typing import Any, cast
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -18,9 +16,7 @@ from uvit_dia.errors import ConfigError
 STATES: ContextVar[ChainMap[nn.Module, State]] = ContextVar("states")
 
 
-def attach(
-    model: nn.Module, pattern: str, config: UnitConfig | Mapping[str, Any], num_extra: int = 0
-) -> nn.ModuleList:
+def attach(model: nn.Module, pattern: str, config: UnitConfig | dict, num_extra: int = 0) -> nn.ModuleList:
     """Equip the modules whose names match `pattern`, e.g. "blocks.*.norm2"; returns `model.shared_units`.
 
     The output of each, tokens (B, L, D) with `num_extra` first ones that are no patches or a feature map
@@ -35,11 +31,10 @@ def attach(
     sites = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
     if not sites or any(getattr(site, "weight", None) is None for site in sites):
         raise ConfigError("pattern", pattern, "names of modules with a weight, e.g. blocks.*.norm2")
-    units = nn.ModuleList()
-    unit_config = cast(UnitConfig, UnitConfig.of(config))
-    for width, group in groupby(sites, key=lambda site: site.weight.shape[0]):
-        stage = list(group)
-        units.append(shared := SharedUnit(unit_config, width, ["stage"] * len(stage), num_extra))
+    config = UnitConfig.of(config)
+    stages = [list(group) for _, group in groupby(sites, key=lambda site: len(site.weight))]
+    units = nn.ModuleList(SharedUnit(config, len(s[0].weight), ["stage"] * len(s), num_extra) for s in stages)
+    for shared, stage in zip(units, stages, strict=True):
         for block, site in enumerate(stage):
             site.register_forward_hook(partial(recalibrate, shared, block))
     model.shared_units = units.to(sites[0].weight).train(model.training)
@@ -48,15 +43,15 @@ def attach(
     return units
 
 
-def begin(units: nn.ModuleList, model: nn.Module, args: Any) -> None:
+def begin(units: nn.ModuleList, model: nn.Module, args: tuple) -> None:
     STATES.set(STATES.get(ChainMap()).new_child(dict.fromkeys(units)))
 
 
-def end(model: nn.Module, args: Any, output: Any) -> None:
+def end(model: nn.Module, args: tuple, output: object) -> None:
     STATES.set(STATES.get().parents)
 
 
-def recalibrate(shared: SharedUnit, block: int, site: nn.Module, args: Any, x: Tensor) -> Tensor:
+def recalibrate(shared: SharedUnit, block: int, site: nn.Module, args: tuple, x: Tensor) -> Tensor:
     states = STATES.get(ChainMap())
     if shared not in states:
         raise RuntimeError("a shared unit ran outside a call of the model that it is attached to")

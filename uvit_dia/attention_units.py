@@ -7,11 +7,11 @@ those that share the unit, as BatchNorm is never shared (sec. VI-B2). gate: floa
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from inspect import getfullargspec
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from uvit_dia.errors import ConfigError, one_of
 
 State = tuple[tuple[Tensor, Tensor], ...] | None  # (hidden, cell) of each cell: (B, D), float32
 Grid = tuple[int, int] | None  # height and width in patches; None: a square
-ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
+Stages = Sequence[str]  # the stage of each block
 
 
 class Constant(nn.Module):
@@ -41,23 +41,18 @@ class LSTMCell(nn.Module):
 
     def __init__(self, dim: int, reduction: int | None, activation: str) -> None:
         super().__init__()
-        self.activation = activation
-        self.input_reduce = self.hidden_reduce = None
-        width = dim
+        self.reduction, self.activation, width = reduction, activation, dim
         if reduction is not None:
             width = reduced(dim, reduction)
             self.input_reduce, self.hidden_reduce = (nn.Linear(dim, width) for _ in range(2))
         self.input_expand, self.hidden_expand = (nn.Linear(width, 4 * dim) for _ in range(2))
 
     def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # (B, N) each
-        pair = torch.stack([y, h])
-        if self.input_reduce is not None:
-            pair = torch.relu(both(self.input_reduce, self.hidden_reduce, pair))  # (2, B, N/r)
+        if self.reduction is not None:
+            y, h = squeeze(self.input_reduce, self.hidden_reduce, y, h)
         weight = torch.cat([self.input_expand.weight, self.hidden_expand.weight], 1)
-        gates = F.linear(
-            torch.cat(pair.unbind(), 1), weight, self.input_expand.bias + self.hidden_expand.bias
-        )
-        return lstm_update(gates, c, self.activation)
+        bias = self.input_expand.bias + self.hidden_expand.bias
+        return lstm_update(F.linear(torch.cat([y, h], 1), weight, bias), c, self.activation)
 
 
 class LightCell(nn.Module):
@@ -65,23 +60,22 @@ class LightCell(nn.Module):
 
     def __init__(self, dim: int, reduction: int, activation: str) -> None:
         super().__init__()
-        self.activation, self.reduction = activation, reduction
-        width = reduced(dim, reduction)
+        self.reduction, self.activation, width = reduction, activation, reduced(dim, reduction)
         self.input_reduce, self.hidden_reduce = (nn.Linear(dim, width, bias=False) for _ in range(2))
         self.input_scale, self.hidden_scale = (nn.Parameter(torch.ones(4, dim)) for _ in range(2))
         self.input_shift, self.hidden_shift = (nn.Parameter(torch.zeros(4, dim)) for _ in range(2))
 
     def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        pair = torch.relu(both(self.input_reduce, self.hidden_reduce, torch.stack([y, h])))  # (2, B, N/r)
+        pair = squeeze(self.input_reduce, self.hidden_reduce, y, h)
         u, v = repeat(pair, "two b k -> two b 1 (r k)", r=self.reduction)  # the paper leaves it open
         z = self.input_scale * u + self.input_shift + self.hidden_scale * v + self.hidden_shift  # (B, 4, N)
         return lstm_update(rearrange(z, "b four n -> b (four n)"), c, self.activation)
 
 
-def both(first: nn.Linear, second: nn.Linear, pair: Tensor) -> Tensor:
-    """first(pair[0]) and second(pair[1]) in one product: at small batches launching two costs more."""
-    products = torch.bmm(pair, torch.stack([first.weight, second.weight]).mT)  # (2, B, out)
-    return products if first.bias is None else products + torch.stack([first.bias, second.bias])[:, None]
+def squeeze(first: nn.Linear, second: nn.Linear, y: Tensor, h: Tensor) -> Tensor:
+    """relu(first(y)) and relu(second(h)), in one product: at small batches launching two costs more."""
+    z = torch.bmm(torch.stack([y, h]), torch.stack([first.weight, second.weight]).mT)  # (2, B, N/r)
+    return torch.relu(z if first.bias is None else z + torch.stack([first.bias, second.bias])[:, None])
 
 
 def reduced(dim: int, reduction: int | None) -> int:
@@ -95,7 +89,7 @@ def lstm_update(gates: Tensor, c: Tensor, activation: str) -> tuple[Tensor, Tens
     """c = sig(f) c + sig(i) tanh(g), h = sig(o) phi(c); gates (B, 4N) in the order i, f, g, o."""
     i, f, g, o = gates.float().chunk(4, dim=-1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * ACTIVATIONS[activation](c), c
+    return torch.sigmoid(o) * getattr(torch, activation)(c), c
 
 
 class DIALSTM(nn.Module):
@@ -150,7 +144,8 @@ class ECA(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = channel_conv(dim)
+        k = int((math.log2(dim) + 1) / 2) | 1  # eq. 12: the next odd width if that is even
+        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
 
     def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
         return to_gate(self.conv(rearrange(x.mean(1), "b d -> b 1 d"))[:, 0]), state
@@ -204,7 +199,7 @@ class SEM(TwoLinears):
 
     def __init__(self, dim: int, *, reduction: int = 16) -> None:
         super().__init__(dim, reduced(dim, reduction), dim, bias=True)
-        self.switch, self.conv = nn.Linear(dim, 3), channel_conv(dim)
+        self.switch, self.conv = nn.Linear(dim, 3), ECA(dim).conv
         self.scale, self.shift = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.full((dim,), -1.0))
 
     def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
@@ -238,12 +233,6 @@ def to_gate(z: Tensor) -> Tensor:
     return rearrange(torch.sigmoid(z.float()), "b d -> b 1 d")
 
 
-def channel_conv(dim: int) -> nn.Conv1d:
-    """ECA's convolution over channels (B, 1, D), of the odd width next to (log2 N + 1) / 2 (eq. 12)."""
-    k = int((math.log2(dim) + 1) / 2) | 1  # the next one if even
-    return nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
-
-
 def grid_of(x: Tensor, grid: Grid) -> tuple[int, int]:
     """Height and width of the patches x (B, N, D); ConfigError where they are not told and N is no square."""
     side = math.isqrt(x.shape[1])
@@ -272,69 +261,63 @@ class UnitConfig:
     value: float | Literal["default"] = "default"  # the constant gate
 
     def __post_init__(self) -> None:
-        if self.kind not in UNITS:
-            raise ConfigError("model.unit.kind", self.kind, one_of(self.kind, list(UNITS)))
-        known, options = getfullargspec(UNITS[self.kind]).kwonlyargs, self.options()
-        for name in options.keys() - known:
+        for field in fields(self):
+            value, choices = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ConfigError(f"model.unit.{field.name}", value, one_of(str(value), list(choices)))
+        known, given = getfullargspec(UNITS[self.kind]).kwonlyargs, self.as_dict()
+        for name in given.keys() & {"reduction", "num_cells", "activation", "value"} - set(known):
             takes = f"no such option: {self.kind} takes {', '.join(known) or 'none'}"
-            raise ConfigError(f"model.unit.{name}", options[name], takes)
-        if options.get("num_cells", 1) < 1:
+            raise ConfigError(f"model.unit.{name}", given[name], takes)
+        if given.get("num_cells", 1) < 1:
             raise ConfigError("model.unit.num_cells", self.num_cells, "1 or more")
         if self.kind in ("cbam", "spa") and self.pool == "all":
             raise ConfigError("model.unit.pool", self.pool, f"patches, as {self.kind} looks at their grid")
 
     @classmethod
-    def of(cls, settings: "UnitConfig | Mapping[str, Any] | None") -> "UnitConfig | None":
+    def of(cls, settings: "UnitConfig | dict") -> "UnitConfig":
         """Type and check a mapping; an unknown key is a ConfigError."""
-        if settings is None or isinstance(settings, cls):
+        if isinstance(settings, UnitConfig):
             return settings
         known = getfullargspec(cls).kwonlyargs
         for key in settings.keys() - known:
             raise ConfigError(f"model.unit.{key}", settings[key], one_of(key, known))
         return cls(**{"kind": "", **settings})
 
-    def options(self) -> dict[str, Any]:
-        """The kind's own options that were set."""
-        own = ("reduction", "num_cells", "activation", "value")
-        return {key: value for key, value in self.as_dict().items() if key in own}
-
     def as_dict(self) -> dict[str, Any]:
         """The mapping that makes this config again, without what is at "default"."""
         return {key: value for key, value in asdict(self).items() if value != "default"}
 
 
-def equipped(blocks: list[int] | str, stages: Sequence[str]) -> list[int]:
+def equipped(blocks: list[int] | str, stages: Stages) -> list[int]:
     """The numbers of the blocks that UnitConfig.blocks names, given each one's stage; ConfigError if none."""
     numbers = range(len(stages))
     rules = {"all": numbers} | {f"without {s}": [i for i in numbers if stages[i] != s] for s in stages}
     if every := re.fullmatch(r"every ([1-9]\d*)", str(blocks)):
-        chosen = numbers[:: int(every[1])]
-    else:
-        chosen = blocks if isinstance(blocks, list) else rules.get(blocks, [])
-    if not chosen or not set(chosen) <= set(numbers):
+        return list(numbers[:: int(every[1])])
+    chosen = set(blocks if isinstance(blocks, list) else rules.get(blocks, []))
+    if not chosen or not chosen <= set(numbers):
         known = ", ".join([*rules, "every K"])
         raise ConfigError("model.unit.blocks", blocks, f"{known} or a list of 0 to {len(stages) - 1}")
-    return sorted(set(chosen))
+    return sorted(chosen)
 
 
 class SharedUnit(nn.Module):
     """The units of a network's blocks: `x, state = shared(x, state, block, grid)` in each block, in order.
 
-    `stages`: the stage of each block. x: (B, L, D), the first `num_extra` tokens no patches; its shape and
-    dtype stay. A block without a unit passes x and the state on.
+    x: (B, L, D), the first `num_extra` tokens no patches; its shape and dtype stay. A block without a unit
+    passes x and the state on.
     """
 
-    def __init__(
-        self, config: UnitConfig, dim: int, stages: Sequence[str] = ("all",), num_extra: int = 0
-    ) -> None:
+    def __init__(self, config: UnitConfig, dim: int, stages: Stages = ("all",), num_extra: int = 0) -> None:
         super().__init__()
         self.config, self.dim, self.stages, self.num_extra = config, dim, list(stages), num_extra
-        group_of = {"all": ["all"] * len(stages), "stage": stages, "none": range(len(stages))}[config.sharing]
-        chosen = equipped(config.blocks, stages)
-        groups = [list(blocks) for _, blocks in groupby(chosen, group_of.__getitem__)]
+        owner = {"all": ["all"] * len(stages), "stage": stages, "none": range(len(stages))}[config.sharing]
+        groups = [list(blocks) for _, blocks in groupby(equipped(config.blocks, stages), owner.__getitem__)]
         self.route = {b: (i, place) for i, blocks in enumerate(groups) for place, b in enumerate(blocks)}
         kind, has_norms = UNITS[config.kind], config.kind in ("cbam", "srm")
-        self.units = nn.ModuleList(kind(dim, *[len(b)] * has_norms, **config.options()) for b in groups)
+        options = {k: v for k, v in config.as_dict().items() if k in getfullargspec(kind).kwonlyargs}
+        self.units = nn.ModuleList(kind(dim, *[len(b)] * has_norms, **options) for b in groups)
 
     def forward(self, x: Tensor, state: State, block: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
         if block not in self.route:

@@ -1,24 +1,19 @@
 """Noise, targets and weights (DDPM: Ho et al. 2020, arXiv 2006.11239) over diffusers schedulers."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    SchedulerMixin,
-    UniPCMultistepScheduler,
-)
+import diffusers
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
 from uvit_dia.errors import ConfigError, check_least, one_of
 
 SAMPLERS = {
     "ddpm": DDPMScheduler,
-    "ddim": DDIMScheduler,
-    "dpm-solver++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "dpm-solver++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
 }
 
 
@@ -39,17 +34,16 @@ class DiffusionConfig:
 
 def make_scheduler(config: DiffusionConfig) -> DDPMScheduler:
     """The scheduler that training and the saved pipeline share."""
-    settings = {
-        "num_train_timesteps": config.num_train_timesteps,
-        "prediction_type": config.prediction_type,
-        "timestep_spacing": "trailing",  # sampling starts at the last timestep whatever the number of steps
-    }
-    if config.beta_schedule == "cosine":
-        return DDPMScheduler(beta_schedule="squaredcos_cap_v2", **settings)
-    if config.beta_schedule == "sigmoid":  # only DDPM knows the name, so the others are given its numbers
-        betas = DDPMScheduler(config.num_train_timesteps, beta_schedule="sigmoid").betas
-        return DDPMScheduler(trained_betas=betas.tolist(), **settings)
-    return DDPMScheduler(beta_schedule="linear", **settings)
+    num_steps, name, betas = config.num_train_timesteps, config.beta_schedule, None
+    if name == "sigmoid":  # only DDPM knows the name, so the others are given its numbers
+        name, betas = "linear", DDPMScheduler(num_steps, beta_schedule="sigmoid").betas.tolist()
+    return DDPMScheduler(
+        num_train_timesteps=num_steps,  # by name: diffusers takes a positional argument for a default
+        beta_schedule="squaredcos_cap_v2" if name == "cosine" else name,
+        trained_betas=betas,
+        prediction_type=config.prediction_type,
+        timestep_spacing="trailing",  # sampling starts at the last timestep whatever the number of steps
+    )
 
 
 def make_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -89,15 +83,8 @@ def loss_weight(scheduler: DDPMScheduler, t: Tensor, gamma: float) -> Tensor:
     """Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4), (B,), for the prediction type."""
     ratio = snr(scheduler, t)
     capped = ratio.clamp(max=gamma)  # the weight of the x0 loss
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return capped / ratio
-        case "sample":
-            return capped
-        case "v_prediction":
-            return capped / (ratio + 1)
-        case other:
-            raise ValueError(f"no prediction_type: {other!r}")
+    loss_over_x0_loss: dict[str, Any] = {"epsilon": ratio, "sample": 1, "v_prediction": ratio + 1}
+    return capped / loss_over_x0_loss[scheduler.config.prediction_type]
 
 
 def denoising_loss(

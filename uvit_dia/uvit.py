@@ -6,7 +6,7 @@ they are. The shared attention unit sits between norm2 and the MLP of every bloc
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from uvit_dia.errors import ConfigError, UserError, check_least
 timestep_embedding = partial(get_timestep_embedding, flip_sin_to_cos=True, downscale_freq_shift=0)
 # Fastest first, and each only where it can: at 257 tokens cuDNN's takes 3/4 of flash attention's time.
 BACKENDS = [Backend.CUDNN_ATTENTION, Backend.FLASH_ATTENTION, Backend.EFFICIENT_ATTENTION, Backend.MATH]
+Labels = Tensor | None  # (B,) integers; None for a model without classes
 
 
 @dataclass
@@ -49,15 +50,6 @@ class Linear(nn.Linear):
         nn.init.trunc_normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
 
 
 class Attention(nn.Module):
@@ -188,7 +180,7 @@ class UViT(ModelMixin, ConfigMixin):
         self.num_extra = 1 if num_classes is None else 2  # [label,] time
         self.grid = (sample_size // patch_size, sample_size // patch_size)
         num_tokens = self.num_extra + self.grid[0] * self.grid[1]
-        self.patch_embed = PatchEmbed(patch_size, in_channels, embed_dim)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, embed_dim, patch_size, patch_size)})
         self.time_embed = nn.Identity()
         if mlp_time_embed:
             hidden = 4 * embed_dim
@@ -202,9 +194,9 @@ class UViT(ModelMixin, ConfigMixin):
         self.out_blocks = nn.ModuleList(Block(self.config, long_skips) for _ in range(depth // 2))
         self.skip_gate = SkipGate(num_tokens) if skip_scale == "learnable" else None
         self.shared_unit = None
-        if unit_config := UnitConfig.of(unit):
+        if unit is not None:
             stages = ["in"] * (depth // 2) + ["mid"] + ["out"] * (depth // 2)
-            self.shared_unit = SharedUnit(unit_config, embed_dim, stages, self.num_extra)
+            self.shared_unit = SharedUnit(UnitConfig.of(unit), embed_dim, stages, self.num_extra)
 
         self.norm = nn.LayerNorm(embed_dim)
         self.decoder_pred = Linear(embed_dim, patch_size**2 * in_channels)
@@ -212,22 +204,16 @@ class UViT(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
 
     def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        class_labels: Tensor | None = None,
-        return_dict: bool = True,
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Labels = None, return_dict: bool = True
     ) -> UViTOutput | tuple[Tensor]:
         """sample: (B, C, H, W) floats; timestep: scalar or (B,), 0 to 999; class_labels: (B,) integers."""
         x = self.embed(sample, timestep, class_labels)  # (B, L, D)
-        state, skips = None, []
-        for block in self.in_blocks:
-            x, state = self.run_block(block, x, None, state, len(skips))
-            skips.append(x)
-        x, state = self.run_block(self.mid_block, x, None, state, len(skips))
-        for number, block in enumerate(self.out_blocks, len(skips) + 1):
-            skip = self.scale_skip(skips.pop(), len(skips))
-            x, state = self.run_block(block, x, skip, state, number)
+        state, skips, middle = None, [], len(self.in_blocks)
+        for number, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
+            skip = self.scale_skip(skips.pop(), len(skips)) if number > middle else None
+            x, state = self.run_block(block, x, skip, self.shared_unit, state, number, self.grid)
+            if number < middle:
+                skips.append(x)
         sample = self.to_pixels(x)
         penalty = None if self.shared_unit is None else self.shared_unit.penalty()
         return UViTOutput(sample=sample, penalty=penalty) if return_dict else (sample,)
@@ -238,7 +224,7 @@ class UViT(ModelMixin, ConfigMixin):
             return skip
         return skip * (self.config.skip_scale**i if self.skip_gate is None else self.skip_gate(skip))
 
-    def embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
+    def embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Labels) -> Tensor:
         """Tokens [label,] time, patches: (B, L, D)."""
         if (class_labels is None) != (self.label_emb is None):
             raise ValueError("class_labels go with a model that has num_classes, and only with it")
@@ -247,16 +233,14 @@ class UViT(ModelMixin, ConfigMixin):
         tokens = [rearrange(self.time_embed(embedding), "b d -> b 1 d")]
         if self.label_emb is not None:
             tokens.insert(0, rearrange(self.label_emb(class_labels), "b d -> b 1 d"))
-        x = torch.cat([*tokens, self.patch_embed(sample)], dim=1) + self.pos_embed
+        patches = rearrange(self.patch_embed["proj"](sample), "b d h w -> b (h w) d")
+        x = torch.cat([*tokens, patches], dim=1) + self.pos_embed
         # Under bf16 the residuals are bf16 too: half the bytes, float32's range, and the same losses to 1e-4.
         device = x.device.type
         bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         return x.bfloat16() if bf16 else x
 
-    def run_block(
-        self, block: Block, x: Tensor, skip: Tensor | None, state: State, number: int
-    ) -> tuple[Tensor, State]:
-        inputs = (x, skip, self.shared_unit, state, number, self.grid)
+    def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, State]:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return block(*inputs)
         if torch.compiler.is_compiling():  # takes no contexts, and writes the statistics once anyway
@@ -279,7 +263,11 @@ class UViT(ModelMixin, ConfigMixin):
         All but the heads, 64 wide in the official models up to L, is read off the shapes. These models saw
         continuous time 999t, the axis of the schedules here. UserError where the file is no such model.
         """
-        weights = read_weights(path)
+        try:  # weights may come from anyone: nothing in the file is executed
+            is_safe = Path(path).suffix == ".safetensors"
+            weights = load_file(path) if is_safe else torch.load(path, "cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"{path}: can't be read as plain weights ({type(error).__name__})") from error
         if missing := {"pos_embed", "patch_embed.proj.weight", "final_layer.weight"} - weights.keys():
             what = "an official pixel-space U-ViT with its final 3x3 convolution"
             raise UserError(f"{path}: not {what} ({', '.join(sorted(missing))} missing)")
@@ -307,30 +295,18 @@ class UViT(ModelMixin, ConfigMixin):
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """BatchNorm keeps its running statistics, though it normalizes by the batch: no batch counts twice."""
-    momenta = {m: m.momentum for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
-    for norm in momenta:
-        norm.momentum = 0.0
-    try:
+    with ExitStack() as restored:
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+                restored.callback(setattr, norm, "momentum", norm.momentum)
+                norm.momentum = 0.0
         yield
-    finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a file that may come from anyone: nothing in it is executed."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, "cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: can't be read as plain weights ({type(error).__name__})") from error
 
 
 def check(c: FrozenDict) -> None:
     """ConfigError where UViT's arguments do not fit together."""
-    least = dict(sample_size=1, patch_size=1, in_channels=1, embed_dim=2, depth=2, num_heads=1)
-    check_least("model", c, **least, mlp_ratio=1 / max(1, c.embed_dim))
+    check_least("model", c, sample_size=1, patch_size=1, in_channels=1, embed_dim=2, depth=2, num_heads=1)
+    check_least("model", c, mlp_ratio=1 / c.embed_dim)
     if c.num_classes is not None:
         check_least("model", c, num_classes=1)
     if c.sample_size % c.patch_size:
@@ -341,9 +317,8 @@ def check(c: FrozenDict) -> None:
     if c.depth % 2:
         raise ConfigError("model.depth", c.depth, "an even number, 2 or more: half in, half out")
     if c.null_label is not None and not 0 <= c.null_label < (c.num_classes or 0):
-        raise ConfigError(
-            "model.null_label", c.null_label, f"null or below model.num_classes={c.num_classes}"
-        )
+        labels = f"null or below model.num_classes={c.num_classes}"
+        raise ConfigError("model.null_label", c.null_label, labels)
     if c.skip_scale is not None and not c.long_skips:
         raise ConfigError("model.skip_scale", c.skip_scale, "null without model.long_skips")
     is_kappa = isinstance(c.skip_scale, int | float) and 0 < c.skip_scale <= 1
