@@ -55,7 +55,7 @@ def finish(run: Run, distance: float, num_images: int, reference: str = "digits"
     Image.new("L", (64, 64), 99).save(folder.samples / f"step_{train.num_steps:08d}.png")
     metrics = {"frechet_distance": distance, "kernel_distance_mean": distance / 1e4}
     real = {"name": reference, "sha256": reference, "num_images": num_images}
-    write_card(make_card(metrics, run.config.evaluate, real, num_images, about), run.card_path)
+    write_card(make_card([{"seed": 0} | metrics], run.config.evaluate, real, about), run.card_path)
 
 
 def grid(root: Path, num_images: int = 600, seeds: int = 3, **axes: list) -> list[Run]:
