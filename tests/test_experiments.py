@@ -189,6 +189,20 @@ def test_runs_that_outlive_their_command_keep_the_grid_to_themselves(tmp_path):
     SCRIPT["alone"](tmp_path).close()
 
 
+def test_the_last_words_are_the_last_error_else_the_last_line(tmp_path):
+    (run,) = make_runs(base(tmp_path), {"train.seed": [0]}, "steps")
+    assert run.last_words() == "not started"
+    run.folder.root.mkdir()
+    log = run.folder.root / "log.txt"
+    for text, words in {
+        "": "not started",  # its process has just opened the file
+        "a\n  3%|\r 4%|": " 4%|",
+        " 3%| ConfigError: x\nerror: y\n 4%|": "error: y",
+    }.items():
+        log.write_text(text)
+        assert run.last_words() == words
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
     """A grid of two runs that a signal stopped while they trained; the second is going to break."""
@@ -236,7 +250,8 @@ def test_the_same_command_goes_on_and_a_run_that_fails_stops_no_other(stopped):
     "path", sorted((ROOT / "configs" / "grids").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_grid_on_file_can_be_planned(path):
-    code, out, err = compare("--config", ROOT / "configs" / "digits.yaml", "--config", path, "--dry_run")
+    files = ["--config", ROOT / "configs" / "digits.yaml", "--config", path]
+    code, out, err = compare(*files, "--data.dataset", "digits", "--dry_run")  # others may be downloads
     assert code == 0 and " runs left" in out, err
 
 

@@ -69,7 +69,8 @@ def grid(root: Path, num_images: int = 600, seeds: int = 3, **axes: list) -> lis
     write_grid(root, runs, {"equal": "images", "command": "python compare", "hardware": "h"})
     for run in runs:
         seed = run.config.train.seed
-        finish(run, 20 + 5 * seed - (run.labels["model.unit"] != "none") * (1 + seed / 10), num_images)
+        better = run.labels.get("model.unit", "none") != "none"
+        finish(run, 20 + 5 * seed - better * (1 + seed / 10), num_images)
     return runs
 
 
@@ -166,6 +167,35 @@ def test_the_page_tells_mean_spread_counts_and_significance(small):
     assert text.index("## KID") < text.index(
         "## Frechet distance, not FID"
     )  # the cards' headline comes first
+
+
+def test_a_grid_of_seeds_alone_has_one_mean_and_no_comparison(tmp_path):
+    grid(tmp_path, **{"train.seed": []})
+    text = write_page(tmp_path).with_suffix(".md").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert "the cell with the fewest has 3 seeds" in text and "| all | 25 ± 5 | 3 |" in text
+    assert "is compared with" not in text and "Differences" not in text
+
+
+def test_further_axes_are_held_equal_in_every_comparison(tmp_path):
+    grid(tmp_path, seeds=2, **AXES | {"train.batch_size": [32], "train.ema_decay": [0.9, 0.99]})
+    text = write_page(tmp_path).with_suffix(".md").read_text()
+    assert "Each unit is compared with **none** at the same batch size and ema decay, after" in text
+    assert "| unit | batch size | ema decay | difference |" in text
+    assert (
+        "Differences to none, 2 tests" in text and "| dia_lstm gate_scale=4 | 32 | 0.99 | -1.05 | 2 |" in text
+    )
+
+
+def test_the_page_says_what_real_images_score_where_that_compares(tmp_path):
+    runs = grid(tmp_path, 10_000, 1, **{"model.unit": ["none"]})
+    card = json.loads(runs[0].card_path.read_text())
+    for comparable in (True, False):
+        metrics = {"frechet_distance": 2.17828, "kernel_distance_mean": -7e-06}
+        anchor = {"metrics": metrics, "num_images": 10_000, "comparable": comparable}
+        runs[0].card_path.write_text(json.dumps(card | {"anchor": anchor}))
+        text = write_page(tmp_path).with_suffix(".md").read_text()
+        assert text.count("10,000 held-out real images score") == 2 * comparable
+        assert ("real images score 2.178 against the same reference." in text) == comparable
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ from uvit_dia.checkpoint import RunFolder
 from uvit_dia.config import SECTIONS, Config, load, plain, provenance, run_parser, save, to_config
 from uvit_dia.errors import UserError
 
-COUNTS_STEPS = re.compile(r"num_steps|warmup_steps|(\w+_)?every")  # settings that equal images scale
-
 
 @dataclass(frozen=True)
 class Run:
@@ -41,26 +39,24 @@ class Run:
 
     def card(self) -> dict[str, Any] | None:
         """The score after the last step, as the config asks for it; None before that."""
-        wanted = self.config.evaluate
         if not (self.is_trained() and self.card_path.is_file()):
             return None
-        card = json.loads(self.card_path.read_text())
+        card, wanted = json.loads(self.card_path.read_text()), self.config.evaluate
         found = (card["num_generated"], card["extractor"]["name"])
         return card if found == (wanted.num_images, wanted.extractor) else None
 
     def last_words(self) -> str:
         """What the log of its processes says of how it ended: the error, else the last line."""
         log = self.folder.root / "log.txt"
-        text = log.read_text(errors="replace").strip() if log.is_file() else "not started"
+        text = log.read_text(errors="replace").strip() if log.is_file() else ""
         errors = re.findall(r"\w*error: .+", text, re.IGNORECASE)  # a progress bar may stand before it
-        return [*text.splitlines()[-1:], *errors][-1]
+        return (errors or text.splitlines() or ["not started"])[-1]
 
 
 def label(value: Any) -> str:
     """A value as people read it: none, 32, `dia_lstm gate_scale=4`."""
     if isinstance(value, dict):
-        named = {"" if key == "kind" else f"{key}=": label(item) for key, item in value.items()}
-        return " ".join(key + text for key, text in named.items())
+        return " ".join(f"{key}={label(item)}".removeprefix("kind=") for key, item in value.items())
     return "none" if value is None else str(value)
 
 
@@ -71,15 +67,14 @@ def make_runs(base: Config, axes: dict[str, list[Any]], equal: Literal["steps", 
     elsewhere merge. `equal` images: all that counts steps is scaled, so that all see as many images.
     """
     parser, runs = run_parser(""), {}
-    for key in axes:
-        if key.split(".")[0] not in ("model", *SECTIONS):
-            raise UserError(f"axis {key}: no config field, such as train.batch_size or model.unit")
+    if odd := [key for key in axes if key.split(".")[0] not in ("model", *SECTIONS)]:
+        raise UserError(f"axis {odd[0]}: no config field, such as train.batch_size or model.unit")
+    if "model.unit" in axes:
+        base = replace(base, model=base.model | {"unit": None})
     for values in product(*axes.values()):
         settings, changes = plain(asdict(base)), plain(dict(zip(axes, values, strict=True)))
-        if "model.unit" in changes:
-            unit, settings["model"]["unit"] = changes["model.unit"], None
-            bare = {"kind": unit} if unit != "none" else None
-            changes["model.unit"] = bare if isinstance(unit, str) else unit
+        if isinstance(unit := changes.get("model.unit"), str):
+            changes["model.unit"] = None if unit == "none" else {"kind": unit}
         labels = {key: label(value) for key, value in changes.items()}
         parts = (f"{key.split('.')[-1]}-{text}" for key, text in labels.items())
         name = re.sub(r"[^\w.]+", "-", "_".join(parts))
@@ -87,17 +82,16 @@ def make_runs(base: Config, axes: dict[str, list[Any]], equal: Literal["steps", 
             raise UserError(f"two runs of the grid have one name, {name}; does an axis have a value twice?")
         settings["output_dir"] = str(Path(base.output_dir) / name)
         config = to_config(parser, parser.parse_object(changes, parser.parse_object(settings)))
-        if equal == "images":
-            factor = base.train.batch_size / config.train.batch_size
-            train, evaluate = (scaled(part, factor) for part in (config.train, config.evaluate))
-            config = replace(config, train=train, evaluate=evaluate)
+        by = base.train.batch_size / config.train.batch_size if equal == "images" else 1
+        config = replace(config, train=scaled(config.train, by), evaluate=scaled(config.evaluate, by))
         runs[name] = Run(name, labels, config)
     return list(runs.values())
 
 
 def scaled(settings: Any, factor: float) -> Any:
     """The settings with all that counts steps multiplied, to the nearest step."""
-    counts = {key: n for key, n in vars(settings).items() if COUNTS_STEPS.fullmatch(key) and n}
+    counts_steps = re.compile(r"num_steps|warmup_steps|(\w+_)?every").fullmatch
+    counts = {key: n for key, n in vars(settings).items() if counts_steps(key) and n}
     return replace(settings, **{key: max(1, round(n * factor)) for key, n in counts.items()})
 
 
@@ -105,7 +99,6 @@ def write_grid(root: Path, runs: list[Run], facts: dict[str, Any]) -> None:
     """Write each run's cell.yaml, the config that it is to have, and grid.yaml: the facts and the runs."""
     made_with = provenance()
     for run in runs:
-        run.folder.root.mkdir(parents=True, exist_ok=True)
         save(run.config, run.folder.root / "cell.yaml", made_with)
     whole = facts | made_with | {"runs": {run.name: run.labels for run in runs}}
     (root / "grid.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))

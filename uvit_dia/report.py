@@ -4,14 +4,10 @@ The words are in templates/: a page is written as Markdown, of which the HTML is
 """
 
 import base64
-import json
-import math
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jinja2
@@ -28,10 +24,9 @@ from uvit_dia.errors import UserError
 from uvit_dia.experiments import Run, read_grid
 from uvit_dia.trainer import SpikeCounter
 
-MARKERS = "osD^vPX"
 SEED = "train.seed"  # runs that differ in it alone are repeats of one another, and make a cell
-NUMBERS = ["images", "spikes", "broken", "images_per_second", "memory_gib"]  # that tables show, had or not
-Cells = dict[tuple[str, ...], pd.DataFrame]  # rows of `outcomes`, by series (and x)
+LOGGED = "step images loss grad_norm lr spikes images_per_second memory_gib".split()
+OF_A_RUN = dict.fromkeys(LOGGED, "last") | {"images_per_second": "median"}  # as starting is slow
 
 
 def write_page(root: Path) -> Path:
@@ -45,11 +40,10 @@ def write_page(root: Path) -> Path:
     words = jinja2.Environment(loader=jinja2.PackageLoader("uvit_dia"), **options)
     text = words.get_template(f"{template}.md").render(facts)
     (root / "report.md").write_text(text)
-
-    def inline(found: re.Match) -> str:
-        return f'src="data:image/png;base64,{base64.b64encode((root / found[1]).read_bytes()).decode()}"'
-
-    body = re.sub(r'src="([^"]+\.png)"', inline, markdown.markdown(text, extensions=["tables"]))
+    body = markdown.markdown(text, extensions=["tables"])
+    for picture in re.findall(r'src="([^"]+\.png)"', body):
+        encoded = base64.b64encode((root / picture).read_bytes()).decode()
+        body = body.replace(f'src="{picture}"', f'src="data:image/png;base64,{encoded}"')
     page = root / "report.html"
     page.write_text(words.get_template("page.html").render(facts, body=Markup(body)))
     return page
@@ -69,109 +63,81 @@ def run_context(root: Path) -> dict[str, Any]:
     (root / "figures").mkdir(exist_ok=True)
     if records := folder.read_metrics():
         lines = pd.DataFrame(records).assign(run=root.name, series=root.name)
-        save(root, "curves", curves(lines, [root.name], ("loss", "grad_norm", "lr")))
-    cards = [json.loads(path.read_text()) for path in sorted(folder.evaluation.glob("step_*.json"))]
+        save(root, "curves", curves(lines, [root.name], "loss", "grad_norm", "lr"))
+    cards = [path.read_text() for path in sorted(folder.evaluation.glob("step_*.md"))]
     grids = sorted(folder.samples.glob("*.png"), key=lambda path: path.stat().st_mtime, reverse=True)
-    texts = [Markup(evaluation.markdown(card).replace("# ", "## ", 1)) for card in cards]
-    return {"records": records, "grids": grids[:2], "cards": texts, "config": folder.config}
+    return {"records": records, "grids": grids[:2], "cards": cards, "config": folder.config}
 
 
 def grid_context(root: Path) -> dict[str, Any]:
     """What grid.md tells of a grid; writes its figures and report.csv."""
     facts, runs = read_grid(root)
-    evaluation.check_comparable(cards := [card for run in runs if (card := run.card())])
+    cards = [card for run in runs if (card := run.card())]
+    evaluation.check_comparable(cards)
     (root / "figures").mkdir(exist_ok=True)
-    metrics = [key for key in evaluation.LABELS if cards and key in cards[0]["metrics"]]
-    metrics.sort(key=lambda key: key != cards[0]["headline"])
-    frame = outcomes(runs)
+    frame, lines = outcomes(runs)
     frame.to_csv(root / "report.csv")
-    axes = [axis.split(".")[-1].replace("_", " ") for axis in runs[0].labels if axis != SEED]
-    columns = {"series": ", ".join(axes[:1] + axes[2:]) or "runs"} | ({"x": axes[1]} if axes[1:] else {})
-    cells = dict(iter(frame.groupby(list(columns), sort=False)))
-    lines = pd.DataFrame(
-        {"run": run.name, "series": frame.series[run.name], "x": frame.x[run.name]} | record
-        for run in runs
-        for record in run.folder.read_metrics()
-    )
-    names = list(frame["series"].unique())
+    axes = [axis for axis in runs[0].labels if axis != SEED]
+    heads = [axis.split(".")[-1].replace("_", " ") for axis in axes] or ["runs"]
+    cells = dict(iter(frame.groupby(axes or ["series"], sort=False)))
+    metrics = [key for key in evaluation.LABELS if key in frame]
+    metrics.sort(key=lambda key: key != cards[0]["headline"])
+    training, previews, names = {}, {}, frame["series"].unique().tolist()
+    for x, found in lines.groupby("x", sort=False):
+        training[x] = save(root, f"curves {x}", curves(found, names, "loss", "grad_norm"))
+    for run in runs:
+        if newest := max(run.folder.samples.glob("step_*.png"), default=None):
+            previews[run.name] = shutil.copy(newest, root / "figures" / f"{run.name}.png").name
     return {
-        "facts": facts, "columns": columns, "cells": cells, "frame": frame,
-        "card": next(iter(cards), None), "num_scored": len(cards),
-        "num_seeds": min(cell[metrics[0]].count() for cell in cells.values()) if metrics else 0,
-        "labels": {key: evaluation.LABELS[key] for key in metrics},
-        "pictures": {key: save(root, key, scores(frame, key, columns.get("x", ""))) for key in metrics},
+        "facts": facts, "frame": frame, "heads": heads, "cells": cells, "cards": cards,
+        "training": training, "previews": previews, "labels": evaluation.LABELS,
+        "num_seeds": min(cell["state"].eq("scored").sum() for cell in cells.values()),
+        "pictures": {key: save(root, key, scores(frame, key, "".join(heads[1:2]))) for key in metrics},
         "tests": {key: significance(cells, key) for key in metrics},
-        "training": {
-            x: save(root, f"curves {x}", curves(found, names, ("loss", "grad_norm")))
-            for x, found in (lines.groupby("x", sort=False) if len(lines) else ())
-        },
-        "previews": {
-            run.name: shutil.copy(newest, root / "figures" / f"{run.name}.png").name
-            for run in runs if (newest := max(run.folder.samples.glob("step_*.png"), default=None))
-        },
-        "summary": summary,
     }  # fmt: skip
 
 
-def outcomes(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row a run: how it ended, its labels, its numbers (those of its last record, and its scores).
+def outcomes(runs: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row a run: how it ended, its labels, scores and logged numbers; and a row a record of every run.
 
-    `series`: the label on the first axis (and on a third); `x`: on the second; `baseline`: the series that
-    has the first axis's first value. A run's speed is the median, as starting is slow.
+    `series`: the label on the first axis (and on a third); `x`: on the second.
     """
     rows = []
     for run in runs:
-        card, records = run.card(), run.folder.read_metrics()
-        labels = [label for axis, label in run.labels.items() if axis != SEED]
-        first = [label for axis, label in runs[0].labels.items() if axis != SEED][:1]
+        card, labels = run.card(), [label for axis, label in run.labels.items() if axis != SEED] or ["all"]
         row = {"run": run.name, "state": "scored" if card else run.last_words(), **run.labels}
-        row |= {"seed": run.labels.get(SEED, ""), "x": "".join(labels[1:2])}
-        row |= {"series": " ".join(labels[:1] + labels[2:]), "baseline": " ".join(first + labels[2:])}
-        row |= {"card": run.card_path.name, "broken": int(not card and "not finite" in row["state"])}
-        if records:
-            row |= records[-1] | {"images_per_second": median(r["images_per_second"] for r in records)}
-        rows.append(row | (card["metrics"] if card else {}))
-    frame = pd.DataFrame(rows).set_index("run")
-    return frame.reindex(columns=list(dict.fromkeys([*frame, *NUMBERS])))
+        row |= {"series": " ".join(labels[:1] + labels[2:]), "x": "".join(labels[1:2])}
+        row |= {"seed": run.labels.get(SEED, ""), "card": run.card_path.name}
+        rows.append(row | {"broken": int("not finite" in row["state"])} | (card["metrics"] if card else {}))
+    records = [{"run": run.name} | record for run in runs for record in run.folder.read_metrics()]
+    lines = pd.DataFrame(records, columns=["run", *LOGGED])
+    frame = pd.DataFrame(rows).set_index("run").join(lines.groupby("run").agg(OF_A_RUN))
+    return frame, lines.join(frame[["series", "x"]], on="run")
 
 
-def summary(values: pd.Series) -> str:
-    """The mean over seeds, and their standard deviation."""
-    spread = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{values.std():.2g}" if values.count() > 1 else ""
-    return f"{values.mean():.4g}{spread}" if values.count() else "-"
-
-
-def significance(cells: Cells, metric: str) -> list[dict[str, Any]]:
-    """Each cell against its baseline, at the same x, over the seeds that both have.
+def significance(cells: dict[tuple[str, ...], pd.DataFrame], metric: str) -> list[dict[str, Any]]:
+    """Each cell against the one with the first axis's first value, over the seeds that both have.
 
     "paired": p of the t-test by seed, which fixes the data's order and the noise whatever the unit; "holm":
     that, corrected for all these tests; "two_sample": p of the t-test that ignores pairs. nan: too few seeds.
     """
-    tests = []
+    baseline, tests = next(iter(cells))[0], []
     for key, cell in cells.items():
-        base = cells.get((cell["baseline"].iloc[0], *key[1:]))
-        if base is None or base is cell:
-            continue
-        sides = [side.set_index("seed")[metric] for side in (cell, base)]
-        pairs = pd.concat(sides, axis=1, join="inner").dropna().to_numpy().T  # (2, n)
-        if not pairs.size:
-            continue
-        with warnings.catch_warnings(action="ignore"):  # nan says it
-            p = {"paired": ttest_rel(*pairs).pvalue, "two_sample": ttest_ind(*pairs).pvalue}
-        difference = float((pairs[0] - pairs[1]).mean())
-        tests.append({"key": key, "n": pairs.shape[1], "difference": difference, **p})
-    for test, p in zip(tests, holm([test["paired"] for test in tests]), strict=True):
-        test["holm"] = p
-    return tests
+        sides = [side.set_index("seed")[metric] for side in (cell, cells[baseline, *key[1:]])]
+        ours, theirs = pd.concat(sides, axis=1, join="inner").dropna().to_numpy().T  # (n,)
+        if key[0] != baseline and len(ours):
+            with warnings.catch_warnings(action="ignore"):  # nan says it
+                p = {"paired": ttest_rel(ours, theirs).pvalue, "two_sample": ttest_ind(ours, theirs).pvalue}
+            tests.append({"key": key, "n": len(ours), "difference": (ours - theirs).mean(), **p})
+    adjusted = holm([test["paired"] for test in tests])
+    return [test | {"holm": p} for test, p in zip(tests, adjusted, strict=True)]
 
 
-def holm(p: Sequence[float]) -> list[float]:
+def holm(p: list[float]) -> list[float]:
     """p-values adjusted for their number (Holm 1979); nan is no test, and stays."""
-    made = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
-    adjusted, largest = list(p), 0.0
-    for rank, (value, i) in enumerate(made):
-        adjusted[i] = largest = max(largest, min(1.0, value * (len(made) - rank)))
-    return adjusted
+    made = pd.Series(p, dtype=float).dropna().sort_values()
+    adjusted = (made * pd.RangeIndex(len(made), 0, -1)).cummax().clip(upper=1)
+    return adjusted.reindex(range(len(p))).tolist()
 
 
 def scores(frame: pd.DataFrame, metric: str, x_name: str) -> Figure:
@@ -179,29 +145,26 @@ def scores(frame: pd.DataFrame, metric: str, x_name: str) -> Figure:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     panel, n = figure.subplots(), frame["series"].nunique()
     look = dict(data=frame, x="x", y=metric, hue="series", palette="colorblind", ax=panel)
-    markers = [MARKERS[i % len(MARKERS)] for i in range(n)]
-    abreast = 0.8 - 0.8 / n  # as stripplot does
-    sns.pointplot(**look, errorbar="sd", capsize=0.05, dodge=abreast, markers=markers, linewidth=1.5)
+    style = dict(markers=list(("osD^vPX" * n)[:n]), dodge=0.8 - 0.8 / n)  # over stripplot's dots
+    sns.pointplot(**look, **style, errorbar="sd", capsize=0.05, linewidth=1.5)
     sns.stripplot(**look, dodge=True, jitter=False, size=4, alpha=0.6, legend=False)
     panel.set(xlabel=x_name, ylabel=evaluation.LABELS[metric])
     panel.grid(axis="y", alpha=0.3)
-    sns.move_legend(panel, "upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, title=None)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     return figure
 
 
-def curves(lines: pd.DataFrame, names: Sequence[str], keys: Sequence[str]) -> Figure:
+def curves(lines: pd.DataFrame, names: list[str], *keys: str) -> Figure:
     """Logged numbers over images, a colour a series: its mean over runs, and each run thin."""
     figure = Figure(figsize=(6, 1 + 2.6 * len(keys)), layout="constrained")
+    look = dict(data=lines, x="images", hue="series", hue_order=names, palette="colorblind")
     for panel, key in zip(figure.subplots(len(keys), sharex=True), keys, strict=True):
-        look = dict(data=lines, x="images", y=key, hue="series", hue_order=names, palette="colorblind")
-        look["ax"] = panel
-        sns.lineplot(**look, units="run", estimator=None, lw=0.5, alpha=0.4, legend=False)
-        sns.lineplot(**look, style="series", style_order=names, errorbar=None)
+        sns.lineplot(**look, y=key, ax=panel, units="run", estimator=None, lw=0.5, alpha=0.4, legend=False)
+        style = dict(style="series", style_order=names, errorbar=None, legend=key == keys[-1])
+        sns.lineplot(**look, **style, y=key, ax=panel)
         panel.set(ylabel=key.replace("_", " "), yscale="linear" if key == "lr" else "log")
         panel.grid(alpha=0.3)
-        legend = panel.get_legend_handles_labels()
-        panel.get_legend().remove()
-    figure.legend(*legend, loc="outside lower center", ncols=2)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return figure
 
 
