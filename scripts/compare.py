@@ -27,13 +27,13 @@ from typing import Any, Literal
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt
+from report import write_page
 from tqdm import tqdm
 
 from uvit_dia import config
 from uvit_dia.data import load_images
 from uvit_dia.errors import UserError, run
 from uvit_dia.experiments import Run, make_runs, write_grid
-from uvit_dia.report import write_page
 from uvit_dia.trainer import check_divides, check_labels
 from uvit_dia.uvit import UViT
 
