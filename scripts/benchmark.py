@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from uvit_dia import config
-from uvit_dia.attention_units import UNITS, parameter_savings
+from uvit_dia.attention_units import UNITS, SharedUnit
 from uvit_dia.config import Config
 from uvit_dia.data import Batches, ImageSet, load_images, read_all
 from uvit_dia.diffusion import denoising_loss, make_scheduler
@@ -176,6 +176,13 @@ def train(
     row |= {"unit_parameters": shared, "unshared": unshared}
     accelerator.free_memory()
     return [row | forward_costs(model, next(batches.from_step(0)), num)]
+
+
+def parameter_savings(shared: SharedUnit) -> tuple[int, int]:
+    """Parameters as shared, and with a unit a block instead: the paper's shared / unshared."""
+    with torch.device("meta"):
+        own = SharedUnit(replace(shared.config, sharing="none"), shared.dim, shared.stages)
+    return tuple(sum(p.numel() for p in module.parameters()) for module in (shared, own))
 
 
 def forward_costs(model: UViT, batch: Any, num: int) -> Row:

@@ -6,21 +6,25 @@ RUN --checkpoints and RUN --ema_sweep score several weights and write a table an
 
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from uvit_dia import checkpoint, config, posthoc
 from uvit_dia.checkpoint import BadCheckpoint, RunFolder
-from uvit_dia.data import DataConfig, load_images, test_images
+from uvit_dia.data import FORMATS, SUFFIXES, DataConfig, ImageSet, load_images, test_images
 from uvit_dia.errors import UserError, check_place, run
 from uvit_dia.evaluation import (
     LABELS,
     EvaluateConfig,
     Facts,
-    OneSize,
     Scorer,
     check_comparable,
     markdown,
@@ -95,6 +99,33 @@ def main() -> None:
             if accelerator.is_main_process:
                 table(cards, axis, folder.evaluation / place)
     accelerator.end_training()
+
+
+class OneSize(ImageSet):
+    """The images of a folder as torch-fidelity reads them: RGB, at their own size, which all must share."""
+
+    def __init__(self, folder: str) -> None:
+        paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise UserError(f"{folder}: no folder with images; name one with files of {' '.join(SUFFIXES)}")
+        rows, labels = np.array(paths, dtype=object), np.zeros(len(paths))
+        super().__init__(folder, rows, labels, None, shape=(3, 0, 0), num_workers=4)
+        height, width = self.decode([0]).shape[2:]
+        self.shape = (3, height, width)
+
+    def decode(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self.pixels(path) for path in self.rows[indices]])
+
+    def pixels(self, path: str) -> Tensor:
+        """Of one file, uint8 (3, H, W)."""
+        try:
+            image = pil_to_tensor(Image.open(path, formats=FORMATS).convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise some ten types
+            raise UserError(f"{path} can't be decoded as an image ({error}); mend or remove it") from None
+        if any(self.shape[1:]) and image.shape != self.shape:
+            sizes = "{2}x{1}, others are {5}x{4}".format(*image.shape, *self.shape)
+            raise UserError(f"{path} is {sizes}: images of one folder must share a size; resize them")
+        return image
 
 
 def check(given: dict, is_run: bool) -> None:

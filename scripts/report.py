@@ -1,6 +1,6 @@
 """Write the report.html of a run or of a grid of runs: python scripts/report.py RUN_OR_GRID.
 
-It is one self-contained file; report.md is the same in Markdown, and a grid has its numbers in report.csv too.
+It is one self-contained file; report.md is the same in Markdown, and report.csv has the numbers of a grid.
 The words are in uvit_dia/templates: a page is written as Markdown, of which the HTML is made.
 """
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from uvit_dia import config
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.errors import UserError, check_place, run
-from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline, save_images
+from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline
 from uvit_dia.trainer import make_accelerator
 
 
@@ -48,6 +50,13 @@ def main() -> int:
     accelerator.print(" ".join(given[name] for name in ("grid", "dir") if name in given))
     accelerator.end_training()
     return 0
+
+
+def save_images(images: Tensor, indices: Tensor, folder: Path) -> None:
+    """Write uint8 images (n, C, H, W) as folder/000123.png, numbered by their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in zip(indices.tolist(), images, strict=True):
+        to_pil_image(image).save(folder / f"{index:06d}.png")
 
 
 def sample_settings(source: str, given: dict) -> SampleConfig:

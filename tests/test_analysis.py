@@ -11,11 +11,11 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import Accelerator
+from analyze import brief_training, verdict
 from PIL import Image
 
 from uvit_dia import analysis as an
 from uvit_dia import checkpoint, config, errors, trainer
-from uvit_dia.attention_units import UnitConfig
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.data import Batches, load_images
 from uvit_dia.diffusion import denoising_loss
@@ -80,21 +80,32 @@ def test_correlation_is_1_of_equal_gates_minus_1_of_mirrored_and_0_of_independen
     assert found[0, 3, 1].item() == pytest.approx(torch.corrcoef(torch.stack([a[1], b[1]]))[0, 1].item())
 
 
-def test_a_pattern_common_to_all_images_correlates_blocks_only_until_it_is_centred(subject, monkeypatch):
+@pytest.fixture
+def plant(monkeypatch):
+    """Have every model give these gates, (L, T, n, D)."""
+
+    def put(gates: torch.Tensor) -> None:
+        monkeypatch.setattr(an, "read_gates", lambda model, subject: (list("abcd")[: len(gates)], gates))
+
+    return put
+
+
+def test_a_pattern_common_to_all_images_correlates_blocks_only_until_it_is_centred(subject, plant):
     torch.manual_seed(0)
     pattern = torch.randn(4, 1, 2_000).double()  # another one each timestep, the same for all blocks
-    gates = pattern + 0.1 * torch.randn(3, 4, 50, 2_000).double()  # (L, T, n, D)
-    monkeypatch.setattr(an, "read_gates", lambda model, subject: (["in 0", "mid", "out 0"], gates))
-    found, _ = an.correlation(subject)
+    plant(pattern + 0.1 * torch.randn(3, 4, 50, 2_000).double())
+    found = an.correlation(subject)
     assert found["trained, gates: 5%"].min() > 0.95
     assert found["untrained, centred: 95%"][0, 1].abs() < 0.1
 
 
-def test_importance_finds_the_block_that_a_gate_was_made_from():
+def test_importance_finds_the_block_that_a_gate_was_made_from(subject, plant):
     torch.manual_seed(0)
-    gates = torch.randn(4, 300, 6).double()
+    gates = torch.randn(4, 2, 150, 6).double()
     gates[3] = gates[1].roll(1, dims=-1) + 0.1 * gates[3]
-    found, r2 = an.forest_importance(gates, seed=0)
+    plant(gates)
+    numbers = an.importance(subject)
+    found, r2 = numbers["importance"], numbers["out-of-bag R2"]
     assert found[3, 1] > 0.8
     assert found[2, :2].max() < 0.7  # made from neither
     assert r2[3] > 0.5 > 0.1 > r2[2]
@@ -102,23 +113,29 @@ def test_importance_finds_the_block_that_a_gate_was_made_from():
     assert found.triu().isnan().logical_or(torch.ones(4, 4).tril(-1).bool()).all()
 
 
-def test_importance_is_the_same_for_the_same_seed():
-    gates = torch.randn(3, 40, 50).double()
-    first, second = (an.forest_importance(gates, seed=1)[0] for _ in range(2))
+def test_importance_is_the_same_for_the_same_seed(subject, plant):
+    plant(torch.randn(3, 1, 40, 50).double())
+    first, second = (an.importance(subject)["importance"] for _ in range(2))
     assert torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
-def test_saturation_counts_the_ends_of_the_range_of_each_activation():
+def test_saturation_counts_the_ends_of_the_range_of_each_activation(subject, plant):
     values = torch.tensor([0.01, 0.04, 0.5, 0.96]).double()
-    gates = values.expand(2, 3, 5, 4)
-    found = an.gate_statistics(gates, UnitConfig(kind="dia_lstm"))
-    assert found["saturated share"].tolist() == [[0.75] * 3] * 2
+    gates = values.expand(3, 2, 5, 4)
+
+    def statistics(gates: torch.Tensor, activation: str) -> dict:
+        plant(gates)
+        unit = {"kind": "dia_lstm", "activation": activation}
+        subject.run = replace(subject.run, model=subject.run.model | {"unit": unit})
+        return an.gates(subject)
+
+    found = statistics(gates, "sigmoid")
+    assert found["saturated share"].tolist() == [[0.75] * 2] * 3
     assert found["mean"][0, 0].item() == pytest.approx(values.mean().item())
     assert found["spread over channels"][0, 0].item() == pytest.approx(values.std().item())
     assert found["spread over images"].max() < 1e-12
-    relu = an.gate_statistics(gates, UnitConfig(kind="dia_lstm", activation="relu"))
-    assert relu["saturated share"].tolist() == [[0.5] * 3] * 2
-    tanh = an.gate_statistics(2 * gates - 1, UnitConfig(kind="dia_lstm", activation="tanh"))
+    assert statistics(gates, "relu")["saturated share"].tolist() == [[0.5] * 2] * 3
+    tanh = statistics(2 * gates - 1, "tanh")
     assert torch.equal(tanh["saturated share"], found["saturated share"])
 
 
@@ -185,19 +202,19 @@ def test_a_distribution_has_the_moments_and_the_density_of_its_values():
 
 
 def test_a_brief_training_that_breaks_ends_in_nan_and_a_calm_one_runs_to_its_end(subject):
-    calm = an.brief_training(subject, {})
+    calm = brief_training(subject, {})
     assert len(calm) == 4 and all(map(math.isfinite, calm))
-    broken = an.brief_training(too_fast(subject), {})
-    assert math.isnan(broken[-1]) and an.verdict(broken)["diverged"]
+    broken = brief_training(too_fast(subject), {})
+    assert math.isnan(broken[-1]) and verdict(broken)["diverged"]
 
 
 def test_a_verdict_calls_a_loss_that_doubled_or_broke_diverged():
     calm = [1 + 0.01 * (i % 3) for i in range(100)]
-    assert not an.verdict(calm)["diverged"]
-    assert an.verdict(calm)["final loss"] == pytest.approx(1.01, abs=0.005)
-    assert not an.verdict([*calm[:50], 5.0, *calm[50:]])["diverged"]  # a spike
-    assert an.verdict([*calm, *[3.0] * 50])["diverged"]
-    assert an.verdict([math.nan])["diverged"]
+    assert not verdict(calm)["diverged"]
+    assert verdict(calm)["final loss"] == pytest.approx(1.01, abs=0.005)
+    assert not verdict([*calm[:50], 5.0, *calm[50:]])["diverged"]  # a spike
+    assert verdict([*calm, *[3.0] * 50])["diverged"]
+    assert verdict([math.nan])["diverged"]
 
 
 def test_every_analysis_of_a_run_writes_strict_json_and_a_picture(run, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark import parameter_savings
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from uvit_dia.attention_units import (
     SharedUnit,
     UnitConfig,
     equipped,
-    parameter_savings,
 )
 from uvit_dia.diffusion import DiffusionConfig
 from uvit_dia.errors import ConfigError

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from evaluate import OneSize
 from PIL import Image
+from sample import save_images
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from uvit_dia import evaluation as ev
 from uvit_dia.data import DataConfig, ImageSet, content_hash, load_images
 from uvit_dia.errors import ConfigError, UserError
-from uvit_dia.sampling import save_images
 
 
 def blobs(n: int, seed: int, contrast: float = 60.0) -> Tensor:
@@ -197,7 +198,9 @@ def test_lite0_weights_load_under_the_names_that_the_design_gives(lite0):
     ends = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
     places = [(stage, i) for stage, blocks in enumerate(lite0.network.blocks) for i in range(len(blocks))]
     loaded = lite0.network.state_dict()
-    for key, value in torch.load(ev.lite0_file(), weights_only=True).items():
+    for key, value in torch.load(
+        ev.weights_file(ev.EvaluateConfig(extractor=ev.LITE0)), weights_only=True
+    ).items():
         layer, *rest = key.split(".")
         names, prefix = ends | {"_fc": "classifier"}, []
         if layer == "_blocks":
@@ -545,10 +548,10 @@ def test_an_image_folder_that_cannot_be_scored_is_one_line(folders, tmp_path):
     for name, says in (("nowhere", "no folder with images"), ("", "no folder with images")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=says):
-            ev.OneSize(str(tmp_path / "empty" / name))
+            OneSize(str(tmp_path / "empty" / name))
     for folder, says in ((mixed, r"x\.png is 9x7, others are 32x32"), (broken, r"x\.png can't be decoded")):
         with pytest.raises(UserError, match=says):
-            ev.Scorer(replace(config, kid_subset_size=10), ev.OneSize(str(folder)), None, accelerator)
+            ev.Scorer(replace(config, kid_subset_size=10), OneSize(str(folder)), None, accelerator)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
+from sample import save_images
 from torch._dynamo.utils import counters
 
 from uvit_dia.checkpoint import RunFolder, export
@@ -16,7 +17,7 @@ from uvit_dia.diffusion import DiffusionConfig, make_sampler, make_scheduler
 from uvit_dia.errors import ConfigError, UserError
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream, torch_generator
-from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline, save_images
+from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline
 from uvit_dia.uvit import UViT
 
 TINY = dict(sample_size=8, patch_size=4, in_channels=1, embed_dim=16, depth=2, num_heads=2)

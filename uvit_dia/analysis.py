@@ -1,36 +1,30 @@
-"""What the unit does in a trained run: numbers and pictures, after the figures of arXiv 2210.16101.
+"""What the unit does in a trained run: the numbers of the figures of arXiv 2210.16101.
 
 Gates are (L, T, n, D), before gate_scale: L equipped blocks, T timesteps, n training images, D channels.
 """
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import seaborn as sns
 import torch
 from accelerate import Accelerator
 from einops import rearrange
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from matplotlib.figure import Figure
 from sklearn.ensemble import RandomForestRegressor
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from uvit_dia import trainer
+from uvit_dia import checkpoint, config, sampling
 from uvit_dia.attention_units import UnitConfig
-from uvit_dia.checkpoint import RunFolder
-from uvit_dia.config import load
 from uvit_dia.data import Batches, load_images
 from uvit_dia.diffusion import denoising_loss
 from uvit_dia.errors import ConfigError, UserError
-from uvit_dia.sampling import load_pipeline
 from uvit_dia.uvit import UViT
 
 Name = Literal["gates", "correlation", "importance", "gradients", "stability"]
-Found = tuple[dict[str, Any], Figure]  # an analysis: its numbers, and its picture
+Numbers = dict[str, Any]  # of an analysis: tensors and plain values by name
 EDGES = torch.linspace(-12, 4, 161)  # log10 |gradient|, ten bins a decade
 
 
@@ -38,7 +32,7 @@ EDGES = torch.linspace(-12, 4, 161)  # log10 |gradient|, ten bins a decade
 class AnalyzeConfig:
     """Which analyses, and over what."""
 
-    only: list[Name] = field(default_factory=lambda: list(ANALYSES))  # the analyses to make
+    only: list[Name] = field(default_factory=lambda: list(get_args(Name)))  # the analyses to make
     num_images: PositiveInt = 64  # the run's training images, each at every timestep
     timesteps: list[NonNegativeInt] = field(default_factory=lambda: [50, 250, 500, 750, 950])  # 0: clean end
     seed: NonNegativeInt = 0  # of the choice of images, their noise, untrained weights and forests
@@ -49,13 +43,14 @@ class Subject:
     """A trained run and the fixed inputs it is looked at with; UserError or ConfigError where it can't be."""
 
     def __init__(self, root: Path, options: AnalyzeConfig, accelerator: Accelerator) -> None:
-        self.options, self.run, self.accelerator = options, load(RunFolder(root).config), accelerator
+        self.options, self.accelerator = options, accelerator
+        self.run = config.load(checkpoint.RunFolder(root).config)
         if self.run.model["unit"] is None:
             raise UserError(f"{root}: the run has no attention unit (model.unit is null), so no gates")
         if not options.timesteps or max(options.timesteps) >= self.run.diffusion.num_train_timesteps:
             expected = f"one or more numbers less than {self.run.diffusion.num_train_timesteps}"
             raise ConfigError("timesteps", options.timesteps, expected)
-        self.pipeline, self.about = load_pipeline(str(root), accelerator.device)
+        self.pipeline, self.about = sampling.load_pipeline(str(root), accelerator.device)
         model = self.pipeline.unet.config
         self.images = load_images(self.run.data, "train", model.sample_size, model.in_channels)
         batches = Batches(self.images, self.run.data, options.num_images, options.seed, accelerator.device)
@@ -76,9 +71,9 @@ class Subject:
         scheduler, gamma = self.pipeline.scheduler, self.run.diffusion.min_snr_gamma
         for t in torch.tensor(self.options.timesteps, device=self.x0.device):
             outputs.clear()
-            t = t.expand(len(self.x0))
             prediction = model(scheduler.add_noise(self.x0, self.noise, t), t, self.labels).sample
-            yield len(t) * denoising_loss(prediction, scheduler, gamma, self.x0, self.noise, t), outputs
+            loss = denoising_loss(prediction, scheduler, gamma, self.x0, self.noise, t)
+            yield len(self.x0) * loss, outputs
         for hook in hooks:
             hook.remove()
 
@@ -98,23 +93,18 @@ def read_gates(model: UViT, subject: Subject) -> tuple[list[str], Tensor]:
     return names, rearrange(gates, "(t l) n d -> l t n d", l=len(names))
 
 
-def gate_statistics(gates: Tensor, unit: UnitConfig) -> dict[str, Tensor]:
-    """(L, T) each, of gates (L, T, n, D); saturated: in the outer 5% of its range, with relu the lower."""
-    low, high = {"tanh": (-0.9, 0.9), "relu": (0.05, math.inf)}.get(unit.activation, (0.05, 0.95))
-    return {
-        "mean": gates.mean((-1, -2)),
-        "spread over channels": gates.mean(-2).std(-1),
-        "spread over images": gates.std(-2).mean(-1),
-        "saturated share": ((gates < low) | (gates > high)).double().mean((-1, -2)),
-    }
-
-
-def gates(subject: Subject) -> Found:
-    """Mean, spread and saturation of the gates by block and timestep."""
+def gates(subject: Subject) -> Numbers:
+    """Mean, spread and saturation (L, T): the share in the outer 5% of the range, of relu the lower."""
     names, values = read_gates(subject.pipeline.unet, subject)
-    statistics = gate_statistics(values, UnitConfig.of(subject.run.model["unit"]))
-    columns = [f"t = {t}" for t in subject.options.timesteps]
-    return {"blocks": names, **statistics}, heat_maps(statistics, names, columns, 4)
+    activation = UnitConfig.of(subject.run.model["unit"]).activation
+    low, high = {"tanh": (-0.9, 0.9), "relu": (0.05, math.inf)}.get(activation, (0.05, 0.95))
+    return {
+        "blocks": names,
+        "mean": values.mean((-1, -2)),
+        "spread over channels": values.mean(-2).std(-1),
+        "spread over images": values.std(-2).mean(-1),
+        "saturated share": ((values < low) | (values > high)).double().mean((-1, -2)),
+    }
 
 
 def pearson(gates: Tensor) -> Tensor:
@@ -123,7 +113,7 @@ def pearson(gates: Tensor) -> Tensor:
     return torch.einsum("i...d,j...d->ij...", z, z)
 
 
-def correlation(subject: Subject) -> Found:
+def correlation(subject: Subject) -> Numbers:
     """Correlation of gates across blocks (Fig. 2), quantiles over inputs; centred: minus the mean image's."""
     tables = {}
     for who, model in {"trained": subject.pipeline.unet, "untrained": subject.fresh()}.items():
@@ -131,28 +121,20 @@ def correlation(subject: Subject) -> Found:
         for kind, mean in {"gates": 0, "centred": values.mean(-2, keepdim=True)}.items():
             found = pearson(values - mean).flatten(2)  # (L, L, inputs)
             tables |= {f"{who}, {kind}: {q}%": found.quantile(q / 100, -1) for q in (5, 50, 95)}
-    figure = heat_maps(tables, names, names, 3, vmin=-1, vmax=1, cmap="RdBu_r")
-    return {"blocks": names, **tables}, figure
+    return {"blocks": names, **tables}
 
 
-def forest_importance(gates: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Of gates (L, inputs, D): importance (L, L) of block j for i > j, and out-of-bag R² (L,); else NaN."""
-    x = gates[..., :32].numpy()  # (L, inputs, C): to bound the time
+def importance(subject: Subject) -> Numbers:
+    """What random forests need of each earlier block's gate to predict a block's (Fig. 11), and their R²."""
+    names, values = read_gates(subject.pipeline.unet, subject)
+    x = rearrange(values[..., :32], "l t n c -> l (t n) c").numpy()  # 32 channels, to bound the time
     found, r2 = torch.full((len(x), len(x)), math.nan), torch.full((len(x),), math.nan)
+    settings = dict(min_samples_leaf=5, oob_score=True, n_jobs=-1, random_state=subject.options.seed)
     for i in range(1, len(x)):
-        forest = RandomForestRegressor(min_samples_leaf=5, oob_score=True, n_jobs=-1, random_state=seed)
-        forest.fit(rearrange(x[:i], "l b c -> b (l c)"), x[i])
+        forest = RandomForestRegressor(**settings).fit(rearrange(x[:i], "l b c -> b (l c)"), x[i])
         found[i, :i] = torch.from_numpy(forest.feature_importances_).view(i, -1).sum(-1)
         r2[i] = forest.oob_score_
-    return found, r2
-
-
-def importance(subject: Subject) -> Found:
-    """What random forests need of each earlier block's gate to predict a block's gate (Fig. 11)."""
-    names, values = read_gates(subject.pipeline.unet, subject)
-    found, r2 = forest_importance(values.flatten(1, 2), subject.options.seed)
-    figure = heat_maps({"of column for row": found}, names, names, 1, vmin=0, vmax=1)
-    return {"blocks": names, "importance": found, "out-of-bag R2": r2}, figure
+    return {"blocks": names, "importance": found, "out-of-bag R2": r2}
 
 
 def variants(*ablated: str) -> dict[str, dict[str, Any]]:
@@ -177,65 +159,13 @@ def distribution(sizes: Tensor) -> dict[str, Tensor]:
     return {"mean": mean, "variance": variance, "shares": counts / len(sizes)}
 
 
-def gradients(subject: Subject) -> Found:
+def gradients(subject: Subject) -> Numbers:
     """|dL/d(block output)| by stage (Fig. 13): untrained, without skips, residuals or the unit; trained."""
-    figure, numbers = Figure(figsize=(15, 4.5), layout="constrained"), {}
-    panels = figure.subplots(1, 3)
-    models = variants("long_skips", "residuals") | {"as configured, trained": None}
-    for i, (name, changes) in enumerate(models.items()):
+    numbers = {}
+    for name, changes in (variants("long_skips", "residuals") | {"as configured, trained": None}).items():
         model = subject.pipeline.unet if changes is None else subject.fresh(**changes)
         numbers[name] = {stage: distribution(x) for stage, x in gradient_sizes(model, subject).items()}
-        for axes, (stage, found) in zip(panels, numbers[name].items(), strict=True):
-            axes.plot(EDGES[1:], found["shares"], f"C{i % 3}", ls=("-", "--", ":")[i // 3], label=name)
-            axes.set(title=f"{stage} blocks", xlabel="log10 |dL/d(output)|", ylabel="share", xlim=(-10, 0))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-    return {"log10 edges": EDGES, **numbers}, figure
+    return {"log10 edges": EDGES, **numbers}
 
 
-def brief_training(subject: Subject, changes: dict[str, Any]) -> list[float]:
-    """The losses of the run's recipe from its start, in float32; NaN comes last if it broke."""
-    run, num_steps = subject.run, subject.options.num_steps
-    warmup = min(run.train.warmup_steps, num_steps // 10)  # or nothing else is seen
-    recipe = replace(run.train, num_steps=num_steps, warmup_steps=warmup, compile=False)
-    state = trainer.build(recipe, run.diffusion, run.model | changes, subject.accelerator)
-    batches = Batches(subject.images, run.data, recipe.batch_size, recipe.seed, subject.accelerator.device)
-    losses = []
-    try:
-        for record in trainer.fit(state, batches):
-            losses.append(record.loss.item())
-    except trainer.TrainingDiverged:
-        losses.append(math.nan)
-    subject.accelerator.free_memory()
-    return losses
-
-
-def verdict(losses: list[float]) -> dict[str, Any]:
-    """Diverged: broken, or at the end (the mean of the last tenth) twice as bad as at the first step."""
-    final = torch.tensor(losses[-(1 + len(losses) // 10) :]).mean().item()
-    return {"diverged": not final <= 2 * losses[0], "final loss": final, "losses": losses}
-
-
-def stability(subject: Subject) -> Found:
-    """Brief trainings without norm or long skips, each with and without the unit (Table XVI, Fig. 14)."""
-    figure, numbers = Figure(figsize=(15, 4.5), layout="constrained"), {}
-    panels = figure.subplots(1, 3, sharey=True)
-    for i, (name, changes) in enumerate(tqdm(variants("block_norm", "long_skips").items(), "trainings")):
-        numbers[name] = found = verdict(brief_training(subject, changes))
-        panels[i % 3].plot(found["losses"], lw=0.8, label=f"{name}, diverged: {found['diverged']}")
-        panels[i % 3].set(xlabel="step", ylabel="loss", yscale="log")
-        panels[i % 3].legend()
-    return numbers, figure
-
-
-def heat_maps(tables: dict[str, Tensor], rows: list, columns: list, width: int, **style: Any) -> Figure:
-    """A picture of tables (rows, columns), `width` of them abreast; NaN stays blank."""
-    height = len(tables) // width
-    size = (width * (2 + 0.3 * len(columns)), height * (2 + 0.25 * len(rows)))  # inches
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(height, width, squeeze=False).flat
-    for axes, (title, table) in zip(panels, tables.items(), strict=True):
-        sns.heatmap(table, xticklabels=columns, yticklabels=rows, ax=axes, **style).set_title(title)
-    return figure
-
-
-ANALYSES = {f.__name__: f for f in (gates, correlation, importance, gradients, stability)}
+ANALYSES = {f.__name__: f for f in (gates, correlation, importance, gradients)}

@@ -8,7 +8,7 @@ those that share the unit, as BatchNorm is never shared (sec. VI-B2). gate: floa
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from inspect import getfullargspec
 from itertools import groupby
 from typing import Any, Literal, get_args, get_origin
@@ -335,10 +335,3 @@ class SharedUnit(nn.Module):
     def penalty(self) -> Tensor | None:
         penalties = [unit.penalty() for unit in self.units if isinstance(unit, SPEM)]
         return torch.stack(penalties).sum() if penalties else None
-
-
-def parameter_savings(shared: SharedUnit) -> tuple[int, int]:
-    """Parameters as shared, and with a unit a block instead: the paper's shared / unshared."""
-    with torch.device("meta"):
-        own = SharedUnit(replace(shared.config, sharing="none"), shared.dim, shared.stages)
-    return tuple(sum(p.numel() for p in module.parameters()) for module in (shared, own))

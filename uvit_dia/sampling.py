@@ -112,10 +112,3 @@ def grid(images: Tensor) -> Image.Image:
     larger = nn.functional.interpolate(images.float(), scale_factor=scale, mode="bicubic")
     columns = math.ceil(math.sqrt(len(images)))
     return to_pil_image(make_grid(larger.round().clamp(0, 255).byte(), columns, padding=2, pad_value=128))
-
-
-def save_images(images: Tensor, indices: Tensor, folder: Path) -> None:
-    """Write uint8 images (n, C, H, W) as folder/000123.png, numbered by their index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, image in zip(indices.tolist(), images, strict=True):
-        to_pil_image(image).save(folder / f"{index:06d}.png")
