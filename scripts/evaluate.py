@@ -27,7 +27,6 @@ from uvit_dia.evaluation import (
     Facts,
     Scorer,
     check_comparable,
-    markdown,
     render,
     write_card,
 )
@@ -171,7 +170,7 @@ def finish(card: Facts | None, path: Path | None) -> None:
     if card is not None:
         if path is not None:
             write_card(card, path)
-        print(markdown(card))
+        print(render("card.md", card=card))
         print(path or "no --card FILE.json: not written")
 
 

@@ -201,9 +201,9 @@ TRAIN = """
 {unlabeled} --sample.guidance_scale 2 -> guidance_scale: 2.0 will not do; expected 1 for a model
 {unlabeled} --sample.class_label 1 -> class_label: 1 will not do; expected null: the model is unconditional
 --config -> --config: expected one argument
---config {tmp}/nowhere.yaml -> --config: {tmp}/nowhere.yaml can't be parsed as YAML (No such file
---config={tmp}/nowhere.yaml -> --config: {tmp}/nowhere.yaml can't be parsed as YAML (No such file
---config {tmp} -> can't be parsed as YAML (Is a directory)
+--config {tmp}/nowhere.yaml -> --config: {tmp}/nowhere.yaml can't be parsed as YAML ([Errno 2] No such file
+--config={tmp}/nowhere.yaml -> --config: {tmp}/nowhere.yaml can't be parsed as YAML ([Errno 2] No such file
+--config {tmp} -> can't be parsed as YAML ([Errno 21] Is a directory
 --config {tmp}/list.yaml -> expected a file of settings
 --config {tmp}/empty.yaml -> expected a file of settings
 --config {tmp}/text.yaml -> expected a file of settings

@@ -383,7 +383,7 @@ def test_only_inception_gives_a_fid_and_few_images_make_kid_the_headline(card_of
     )
     assert "KID is the headline" in few["notes"][0] and not many["notes"]
     assert "fid" not in other["metrics"] and "is not FID" in other["notes"][0]
-    assert "| FID |" in ev.markdown(many) and "FID card" not in ev.markdown(other)
+    assert "| FID |" in ev.render("card.md", card=many) and "FID card" not in ev.render("card.md", card=other)
 
 
 def test_a_card_of_several_seeds_gives_mean_and_spread_and_each_but_no_minimum(card_of):
@@ -393,10 +393,12 @@ def test_a_card_of_several_seeds_gives_mean_and_spread_and_each_but_no_minimum(c
         values = torch.tensor([score[key] for score in card["seeds"]], dtype=torch.float64)
         assert value == pytest.approx(values.mean().item()) != values.min().item()
         assert card["spread"][key] == pytest.approx(values.std().item())
-    text, key = ev.markdown(card), card["headline"]
+    text, key = ev.render("card.md", card=card), card["headline"]
     assert f"**KID: {card['metrics'][key]:.4g} ± {card['spread'][key]:.2g}**" in text
     assert "| metric | mean | spread over 3 seeds |" in text and "| 1797 a seed |" in text
-    assert f"- seed 2: KID {card['seeds'][2][key]:.4g}" in text and "seed 2" not in ev.markdown(one)
+    assert f"- seed 2: KID {card['seeds'][2][key]:.4g}" in text and "seed 2" not in ev.render(
+        "card.md", card=one
+    )
 
 
 def test_a_card_survives_its_file_and_its_markdown_tells_the_same(card_of, tmp_path):

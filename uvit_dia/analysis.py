@@ -87,8 +87,9 @@ def blocks_of(model: UViT) -> dict[str, nn.Module]:
 @torch.no_grad()
 def read_gates(model: UViT, subject: Subject) -> tuple[list[str], Tensor]:
     """Names of the equipped blocks, and gates (L, T, n, D), float64; spatial ones averaged over tokens."""
-    names = [list(blocks_of(model))[block] for block in sorted(model.shared_unit.route)]
-    gates = [gate for _, outputs in subject.forwards(model, model.shared_unit.units) for gate in outputs]
+    shared: Any = model.shared_unit
+    names = [list(blocks_of(model))[block] for block in sorted(shared.route)]
+    gates = [gate for _, outputs in subject.forwards(model, shared.units) for gate in outputs]
     gates = [gate.cpu().double().mean(1).expand(len(subject.x0), -1) for gate in gates]  # a constant is one
     return names, rearrange(gates, "(t l) n d -> l t n d", l=len(names))
 
@@ -115,11 +116,11 @@ def pearson(gates: Tensor) -> Tensor:
 
 def correlation(subject: Subject) -> Numbers:
     """Correlation of gates across blocks (Fig. 2), quantiles over inputs; centred: minus the mean image's."""
-    tables = {}
+    tables: Numbers = {}
     for who, model in {"trained": subject.pipeline.unet, "untrained": subject.fresh()}.items():
         names, values = read_gates(model, subject)
-        for kind, mean in {"gates": 0, "centred": values.mean(-2, keepdim=True)}.items():
-            found = pearson(values - mean).flatten(2)  # (L, L, inputs)
+        for kind, x in {"gates": values, "centred": values - values.mean(-2, keepdim=True)}.items():
+            found = pearson(x).flatten(2)  # (L, L, inputs)
             tables |= {f"{who}, {kind}: {q}%": found.quantile(q / 100, -1) for q in (5, 50, 95)}
     return {"blocks": names, **tables}
 
@@ -139,13 +140,16 @@ def importance(subject: Subject) -> Numbers:
 
 def variants(*ablated: str) -> dict[str, dict[str, Any]]:
     """Changed arguments of UViT by name: none, and each ablation; then the same without the unit."""
-    found = {"as configured": {}} | {f"no {name}": {name: False} for name in ablated}
+    found: dict[str, dict[str, Any]] = {"as configured": {}} | {
+        f"no {name}": {name: False} for name in ablated
+    }
     return found | {f"{name}, no unit": changes | {"unit": None} for name, changes in found.items()}
 
 
 def gradient_sizes(model: UViT, subject: Subject) -> dict[str, Tensor]:
     """|dL/d(block output)| by stage over the fixed inputs, in a row; L is the loss of one image."""
-    blocks, sizes = blocks_of(model), {"in": [], "mid": [], "out": []}
+    blocks = blocks_of(model)
+    sizes: dict[str, list[Tensor]] = {"in": [], "mid": [], "out": []}
     for loss, outputs in subject.forwards(model, blocks.values()):
         for name, grad in zip(blocks, torch.autograd.grad(loss, outputs), strict=True):
             sizes[name.split()[0]].append(grad.abs().flatten().cpu())

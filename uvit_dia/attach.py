@@ -51,7 +51,7 @@ def end(model: nn.Module, args: tuple, output: object) -> None:
     STATES.set(STATES.get().parents)
 
 
-def recalibrate(shared: SharedUnit, block: int, site: nn.Module, args: tuple, x: Tensor) -> Tensor:
+def recalibrate(shared: nn.Module, block: int, site: nn.Module, args: tuple, x: Tensor) -> Tensor:
     states = STATES.get(ChainMap())
     if shared not in states:
         raise RuntimeError("a shared unit ran outside a call of the model that it is attached to")

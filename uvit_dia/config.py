@@ -46,8 +46,7 @@ class ConfigFile(ActionConfigFile):
         try:
             content = yaml.safe_load(Path(values).read_text())
         except (OSError, ValueError, yaml.YAMLError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise UserError(f"--config: {values} can't be parsed as YAML ({why}); mend or leave it") from None
+            raise UserError(f"--config: {values} can't be parsed as YAML ({error}); mend it") from None
         if not isinstance(content, dict):
             raise ConfigError("--config", values, "a file of settings, such as train: {batch_size: 32}")
         if dotted := [key for key in map(str, content) if "." in key]:

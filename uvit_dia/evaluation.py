@@ -312,18 +312,15 @@ def make_card(
 
 
 def render(template: str, **values: Any) -> str:
+    """Words of templates/: "card.md" tells people of a `card`, "scores.md" compares some."""
     environment = Environment(loader=PackageLoader("uvit_dia"), trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(template).render(labels=LABELS, **values)
 
 
-def markdown(card: Facts) -> str:
-    """The card for people: the headline, its notes, a table of metrics, a table of what they depend on."""
-    return render("card.md", card=card)
-
-
 def write_card(card: Facts, path: Path) -> None:
     """Write the card to `path`, a .json, and its Markdown twin beside it, a .md."""
-    for place, text in ((path, json.dumps(card, indent=2) + "\n"), (path.with_suffix(".md"), markdown(card))):
+    words = render("card.md", card=card)
+    for place, text in ((path, json.dumps(card, indent=2) + "\n"), (path.with_suffix(".md"), words)):
         with aside(place) as partial:
             partial.write_bytes(text.encode())
 

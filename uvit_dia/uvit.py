@@ -126,7 +126,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
     ) -> tuple[Tensor, State]:
-        if self.skip_linear is not None:
+        if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         y = self.attn(self.norm1(x))
         x = x + y if self.residuals else y
@@ -181,7 +181,7 @@ class UViT(ModelMixin, ConfigMixin):
         self.grid = (sample_size // patch_size, sample_size // patch_size)
         num_tokens = self.num_extra + self.grid[0] * self.grid[1]
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, embed_dim, patch_size, patch_size)})
-        self.time_embed = nn.Identity()
+        self.time_embed: nn.Module = nn.Identity()
         if mlp_time_embed:
             hidden = 4 * embed_dim
             self.time_embed = nn.Sequential(Linear(embed_dim, hidden), nn.SiLU(), Linear(hidden, embed_dim))
@@ -208,7 +208,8 @@ class UViT(ModelMixin, ConfigMixin):
     ) -> UViTOutput | tuple[Tensor]:
         """sample: (B, C, H, W) floats; timestep: scalar or (B,), 0 to 999; class_labels: (B,) integers."""
         x = self.embed(sample, timestep, class_labels)  # (B, L, D)
-        state, skips, middle = None, [], len(self.in_blocks)
+        state, middle = None, len(self.in_blocks)
+        skips: list[Tensor] = []
         for number, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
             skip = self.scale_skip(skips.pop(), len(skips)) if number > middle else None
             x, state = self.run_block(block, x, skip, self.shared_unit, state, number, self.grid)
