@@ -6,6 +6,7 @@ import pickle
 import re
 import resource
 import struct
+import subprocess
 import sys
 import zlib
 from dataclasses import replace
@@ -634,3 +635,17 @@ def test_without_the_datasets_package_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=re.escape("pip install 'uvit_dia[hub]'")):
         load_images(DataConfig(dataset="hub", path="x"), "train", 8, 3)
+
+
+def test_a_process_ends_though_a_stream_was_left_open(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
+    left_open = f"""
+from uvit_dia.data import Batches, DataConfig, load_images
+config = DataConfig(dataset="folder", path={str(tmp_path)!r}, in_memory_gib=0, num_workers=1)
+stream = Batches(load_images(config, "train", 8, 3), config, 2, 0, "cpu").from_step(0)
+next(stream)
+keep = [stream]
+keep.append(keep)
+"""
+    assert subprocess.run([sys.executable, "-c", left_open], timeout=90).returncode == 0

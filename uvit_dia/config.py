@@ -114,9 +114,8 @@ class Parser(ArgumentParser):
             return f"{name}: no such key{nearest(name, keys)}"
         for pattern in WRONG_VALUES:
             if wrong := re.search(pattern, message, re.DOTALL):
-                value = None if wrong[3] == "None" else wrong[3]
                 types = re.sub(r"<class '(.*?)'>|typing\.", r"\1", wrong[2]).replace("NoneType", "null")
-                return str(ConfigError(wrong[1], value, types))
+                return str(ConfigError(wrong[1], {"None": None}.get(wrong[3], wrong[3]), types))
         return message
 
 

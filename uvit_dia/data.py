@@ -1,7 +1,9 @@
 """Images and their one order: sets decoded to uint8, and batches that depend on nothing but seed and step."""
 
+import atexit
 import hashlib
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -233,6 +235,7 @@ def decode(row: np.ndarray | bytes | str | dict, sample_size: int, in_channels: 
 
 def read(images: ImageSet, batches: Iterable[Sequence[int]], num_workers: int) -> Iterator[Tensor]:
     """The pixels of each batch of numbers, uint8 (b, C, H, W). Closing the iterator ends its workers."""
+    atexit.register(end_workers)
     numbers: Any = range(len(images))
     options: Any = {"worker_init_fn": ignore_signals, "generator": torch.Generator()}
     options |= {"batch_sampler": batches, "collate_fn": partial(decode_in_worker, images)}
@@ -255,6 +258,12 @@ def ignore_signals(worker: int) -> None:
     """A signal to all processes reaches workers too, but what it means is for their parent to decide."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """At exit Python would end those that are left by a signal that they ignore, and wait for ever."""
+    for process in [child for child in multiprocessing.active_children() if child.daemon]:
+        process.kill()
 
 
 def read_all(images: ImageSet, numbers: range | None = None) -> Iterator[Tensor]:

@@ -28,15 +28,14 @@ from uvit_dia.checkpoint import aside
 from uvit_dia.data import ImageSet, content_hash, read_all
 from uvit_dia.errors import ConfigError, UserError, check_least, check_place
 from uvit_dia.pipeline import UViTPipeline
+from uvit_dia.random_keys import Device
 from uvit_dia.sampling import SampleConfig, generate
 
-Device = torch.device | str
 Facts = dict[str, Any]  # what goes into JSON
 Batch = tuple[Tensor, Tensor]  # indices (b,) and their images, uint8 (b, 1 or 3, H, W)
 INCEPTION: Final = "inception-v3-compat"
 LITE0: Final = "efficientnet-lite0"
 NUM_SPLITS = 10  # the Inception score is a mean over ten splits: with fewer images than that, one is empty
-PACKAGES = ["torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "ema-pytorch", "uvit_dia"]
 LABELS = {"fid": "FID", "frechet_distance": "Frechet distance, not FID", "kernel_distance_mean": "KID"}
 
 
@@ -285,7 +284,8 @@ class Scorer:
 
 
 def versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES}
+    packages = "torch torchvision diffusers accelerate torch-fidelity ema-pytorch uvit_dia"
+    return {package: version(package) for package in packages.split()}
 
 
 def make_card(

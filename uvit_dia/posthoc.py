@@ -6,15 +6,10 @@ from pathlib import Path
 
 import torch
 from ema_pytorch.post_hoc_ema import KarrasEMA, sigma_rel_to_gamma, solve_weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from uvit_dia.checkpoint import Tensors, folders, read
 from uvit_dia.errors import UserError
-
-
-def averages(model: nn.Module, sigma_rels: Sequence[float], copied: set[str]) -> list[KarrasEMA]:
-    """One average a relative width, to be updated after every step; the tensors `copied` are not averaged."""
-    return [KarrasEMA(model, x, update_every=1, param_or_buffer_names_no_ema=copied) for x in sigma_rels]
 
 
 def snapshot(kept: Sequence[KarrasEMA]) -> Tensors:

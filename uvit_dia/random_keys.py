@@ -5,6 +5,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+Device = torch.device | str
+
 
 class Stream(IntEnum):
     """One stream a purpose; the numbers are part of what a seed means and never change."""
@@ -23,9 +25,7 @@ def numpy_generator(seed: int, stream: Stream, counter: int) -> np.random.Genera
     return np.random.default_rng(np.random.SeedSequence([seed, stream, counter]))
 
 
-def torch_generator(
-    seed: int, stream: Stream, counter: int, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def torch_generator(seed: int, stream: Stream, counter: int, device: Device = "cpu") -> torch.Generator:
     """The same for torch: numbers agree between devices of one model."""
     state = np.random.SeedSequence([seed, stream, counter]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)  # 63 bits: torch takes a signed integer

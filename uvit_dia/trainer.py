@@ -28,7 +28,6 @@ from uvit_dia.checkpoint import BadCheckpoint, Tensors
 from uvit_dia.data import Batch, Batches
 from uvit_dia.diffusion import DiffusionConfig, denoising_loss, make_scheduler
 from uvit_dia.errors import ConfigError, UserError, check_compiler, check_least
-from uvit_dia.posthoc import averages
 from uvit_dia.random_keys import Stream, torch_generator
 from uvit_dia.uvit import UViT
 
@@ -237,7 +236,8 @@ def build(
     options |= dict(beta=config.ema_decay, min_value=config.ema_decay, update_every=1, update_after_step=0)
     ema = EMA(model, **options)
     ema.eval()
-    posthoc = averages(model, config.posthoc_ema or (), copied)
+    options = dict(update_every=1, param_or_buffer_names_no_ema=copied)
+    posthoc = [KarrasEMA(model, sigma_rel, **options) for sigma_rel in config.posthoc_ema or ()]
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.compile:

@@ -65,9 +65,6 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, D / heads)
         return self.proj(rearrange(x, "b h l d -> b l (h d)"))
 
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}"
-
 
 def normal(x: Tensor) -> tuple[Tensor, Tensor]:
     """The standard normal's distribution function at x, and exp(-x²/2), which makes it cheap.
@@ -313,8 +310,7 @@ def check(c: FrozenDict) -> None:
     if c.sample_size % c.patch_size:
         raise ConfigError("model.patch_size", c.patch_size, f"a divisor of model.sample_size={c.sample_size}")
     if c.embed_dim % c.num_heads or c.embed_dim % 2:
-        fits = f"a divisor of model.embed_dim={c.embed_dim}, which must be even"
-        raise ConfigError("model.num_heads", c.num_heads, fits)
+        raise ConfigError("model.num_heads", c.num_heads, f"a divisor of model.embed_dim={c.embed_dim} (even)")
     if c.depth % 2:
         raise ConfigError("model.depth", c.depth, "an even number, 2 or more: half in, half out")
     if c.null_label is not None and not 0 <= c.null_label < (c.num_classes or 0):
