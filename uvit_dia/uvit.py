@@ -310,7 +310,8 @@ def check(c: FrozenDict) -> None:
     if c.sample_size % c.patch_size:
         raise ConfigError("model.patch_size", c.patch_size, f"a divisor of model.sample_size={c.sample_size}")
     if c.embed_dim % c.num_heads or c.embed_dim % 2:
-        raise ConfigError("model.num_heads", c.num_heads, f"a divisor of model.embed_dim={c.embed_dim} (even)")
+        fits = f"a divisor of model.embed_dim={c.embed_dim}, which must be even"
+        raise ConfigError("model.num_heads", c.num_heads, fits)
     if c.depth % 2:
         raise ConfigError("model.depth", c.depth, "an even number, 2 or more: half in, half out")
     if c.null_label is not None and not 0 <= c.null_label < (c.num_classes or 0):
