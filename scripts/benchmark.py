@@ -42,8 +42,9 @@ from uvit_dia.uvit import Attention, UViT
 
 SCRIPTS = Path(__file__).resolve().parent
 TASKS = ("train", "sample", "score", "start")
+COSTS = ("ms_per_step", "ms_inference", "activations_mib")  # of a unit, beside those of none
 SHOWN = """task unit batch_size num_gpus images_per_second ms_per_step ratio_to_reference ratio_to_none mfu
-peak_memory_gib seconds""".split()
+peak_memory_gib unit_parameters unshared ms_inference_to_none activations_mib_to_none how seconds""".split()
 Row = dict[str, Any]
 
 
@@ -110,15 +111,16 @@ def whole(text: str) -> int:
 def report(rows: list[Row], peak: float, accelerator: Accelerator, path: str | None) -> None:
     """Add ratios and utilisation, print the table, write the JSON."""
     for row in rows:
-        like = [
-            other
-            for other in rows
-            if (other["task"], other["batch_size"]) == (row["task"], row["batch_size"])
-        ]
+        like = {
+            other["unit"]: other for other in rows if all(other[k] == row[k] for k in ("task", "batch_size"))
+        }
         for unit in ("reference", "none"):
-            base = next((other for other in like if other["unit"] == unit), None)
-            if base and "images_per_second" in row:
-                row[f"ratio_to_{unit}"] = round(row["images_per_second"] / base["images_per_second"], 3)
+            if unit in like and "images_per_second" in row:
+                ratio = row["images_per_second"] / like[unit]["images_per_second"]
+                row[f"ratio_to_{unit}"] = round(ratio, 3)
+        for cost in COSTS:
+            if "none" in like and row.get(cost):
+                row[f"{cost}_to_none"] = round(row[cost] / like["none"][cost], 3)
         if row["task"] == "train":  # a backward pass is two forward passes
             row["mfu"] = round(3 * row["mflops_per_image"] * 1e6 * row["images_per_second"] / peak, 3)
     device = accelerator.device
@@ -162,14 +164,15 @@ def train(
     list(islice(steps, 6))  # compiles, and on a GPU records the step
     wait()
     start_up = time.perf_counter() - started
+    cuda = accelerator.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: list(islice(steps, num))) / num
     row = {
         "images_per_second": round(size / seconds, 1),
         "ms_per_step": round(1e3 * seconds, 2),
         "compile_and_first_steps_s": round(start_up, 1),
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        if torch.cuda.is_available()
-        else None,
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     shared, unshared = parameter_savings(model.shared_unit) if kind else (0, 0)

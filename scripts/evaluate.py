@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -62,42 +63,57 @@ def main() -> None:
     accelerator = make_accelerator(sample.precision)
 
     if given.get("generated"):
-        images = OneSize(given["generated"])
-        settings = replace(settings, num_images=len(images), num_seeds=1)
-        if given.get("reference"):
-            reference, held_out = OneSize(given["reference"]), None
-        else:
-            size = (known.model["sample_size"], known.model["in_channels"])
-            reference, held_out = load_images(known.data, "train", *size), test_images(known.data, *size)
-        card = Scorer(settings, reference, held_out, accelerator).score_images(images)
-        finish(card, Path(given["card"]) if given.get("card") else None)
+        score_folder(given, known, settings, accelerator)
     else:
-        pipeline, about = load_pipeline(given["source"], accelerator.device)
-        pipeline.check(sample.guidance_scale, sample.steps, sample.class_label)
-        data = DataConfig(dataset="folder", path=given["reference"]) if given.get("reference") else known.data
-        size = (pipeline.unet.config.sample_size, pipeline.unet.config.in_channels)
-        with accelerator.local_main_process_first():
-            reference, held_out = load_images(data, "train", *size), test_images(data, *size)
-        several = None
-        if given.get("checkpoints"):
-            several, axis, place = checkpoints(folder, pipeline, about), "step", "checkpoints"
-        elif "ema_sweep" in given:
-            widths = posthoc.synthesize(folder.posthoc, about["step"], given["ema_sweep"] or ())
-            several, axis, place = sweep(folder, pipeline, about, widths), "sigma_rel", "ema_sweep"
-        scorer = Scorer(settings, reference, held_out, accelerator)
-        if several is None:
-            path = Path(given.get("card") or folder.evaluation / f"step_{about.get('step', 0):08d}.json")
-            finish(scorer.score_pipeline(pipeline, sample, about), path)
-        else:
-            cards = []
-            for facts, path in several:
-                cards.append(scorer.score_pipeline(pipeline, sample, facts))
-                finish(cards[-1], path)
-            if not cards:
-                raise UserError(f"{folder.checkpoints}: no checkpoint that reads as it was written")
-            if accelerator.is_main_process:
-                table(cards, axis, folder.evaluation / place)
+        score_model(given, known, folder, sample, settings, accelerator)
     accelerator.end_training()
+
+
+def score_folder(
+    given: dict, known: config.Config | None, settings: EvaluateConfig, accelerator: Accelerator
+) -> None:
+    """Score images that are there."""
+    images = OneSize(given["generated"])
+    settings = replace(settings, num_images=len(images), num_seeds=1)
+    if given.get("reference"):
+        reference, held_out = OneSize(given["reference"]), None
+    else:
+        size = (known.model["sample_size"], known.model["in_channels"])
+        reference, held_out = load_images(known.data, "train", *size), test_images(known.data, *size)
+    card = Scorer(settings, reference, held_out, accelerator).score_images(images)
+    finish(card, Path(given["card"]) if given.get("card") else None)
+
+
+def score_model(
+    given: dict,
+    known: config.Config | None,
+    folder: RunFolder,
+    sample: SampleConfig,
+    settings: EvaluateConfig,
+    accelerator: Accelerator,
+) -> None:
+    """Score a pipeline's weights, those of all checkpoints, or averages of several widths."""
+    pipeline, about = load_pipeline(given["source"], accelerator.device)
+    pipeline.check(sample.guidance_scale, sample.steps, sample.class_label)
+    data = DataConfig(dataset="folder", path=given["reference"]) if given.get("reference") else known.data
+    size = (pipeline.unet.config.sample_size, pipeline.unet.config.in_channels)
+    with accelerator.local_main_process_first():
+        reference, held_out = load_images(data, "train", *size), test_images(data, *size)
+    path = Path(given.get("card") or folder.evaluation / f"step_{about.get('step', 0):08d}.json")
+    weights, axis = iter([(about, path)]), None
+    if given.get("checkpoints"):
+        weights, axis = checkpoints(folder, pipeline, about), "step"
+    elif "ema_sweep" in given:
+        widths = posthoc.synthesize(folder.posthoc, about["step"], given["ema_sweep"] or ())
+        weights, axis = sweep(folder, pipeline, about, widths), "sigma_rel"
+    scorer, cards = Scorer(settings, reference, held_out, accelerator), []
+    for facts, place in weights:
+        cards.append(scorer.score_pipeline(pipeline, sample, facts))
+        finish(cards[-1], place)
+    if not cards:
+        raise UserError(f"{folder.checkpoints}: no checkpoint that reads as it was written")
+    if axis and accelerator.is_main_process:
+        table(cards, axis, folder.evaluation / ("checkpoints" if axis == "step" else "ema_sweep"))
 
 
 class OneSize(ImageSet):
