@@ -13,6 +13,7 @@ from uvit_dia.data import Batches, DataConfig, load_images
 from uvit_dia.diffusion import DiffusionConfig
 from uvit_dia.errors import ConfigError
 from uvit_dia.trainer import (
+    GraphedUpdate,
     SpikeCounter,
     TrainConfig,
     TrainingDiverged,
@@ -107,6 +108,16 @@ def test_a_step_equals_a_plain_loop():
     assert float(record.grad_norm) == pytest.approx(norm, rel=1e-4)
     for ours, theirs in zip(state.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_whole_step_as_one_cuda_graph_follows_the_plain_one():
+    settings = dict(num_steps=12, learning_rate=1e-3, model={"unit": {"kind": "dia_lstm"}})
+    runs = [make(compile=graphed, **settings) for graphed in (False, True)]
+    plain, graphed = ([float(record.loss) for record in fit(*run)] for run in runs)
+    assert isinstance(runs[1][0].run, GraphedUpdate) and runs[1][0].run.outputs is not None
+    assert graphed == pytest.approx(plain, rel=1e-3)
+    assert int(runs[1][0].ema.step) == 12 and int(runs[1][0].taken) == 12
 
 
 def test_the_average_is_updated_every_step_with_a_constant_decay():
@@ -244,6 +255,8 @@ def test_another_models_checkpoint_is_refused_with_the_setting_that_differs(tmp_
         ({"learning_rate": 0.0}, "train.learning_rate"),
         ({"max_grad_norm": 0.0}, "train.max_grad_norm"),
         ({"num_steps": -1}, "train.num_steps"),
+        ({"decay": "linear"}, "train.decay: 'linear' will not do; expected one of none, cosine"),
+        ({"diffusion": {"prediction_type": "x0"}}, "diffusion.prediction_type"),
     ],
 )
 def test_settings_that_cannot_be_name_their_key(settings, key):

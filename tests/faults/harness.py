@@ -24,7 +24,6 @@ TINY = (
     "--train.warmup_steps 2 --train.decay none --train.log_every 1 --train.preview_every 0 "
     "--sample.num_images 4 --sample.steps 3 --model.unit.kind dia_lstm --train.trackers []"
 ).split()
-
 spec = importlib.util.spec_from_file_location("train_script", ROOT / "scripts" / "train.py")
 train = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train)
@@ -52,15 +51,17 @@ def start(folder: Path, *arguments: object, **environment: object) -> multiproce
     one_thread = {"OMP_NUM_THREADS": 1, "LOCAL_WORLD_SIZE": os.cpu_count()}  # more are slower at this size
     surroundings = one_thread | {"CUDA_VISIBLE_DEVICES": ""} | environment
     surroundings = {key: str(value) for key, value in surroundings.items()}
-    process = server.Process(target=main, args=(words, surroundings, output(folder)))
+    # What was forked after a look for GPUs can't use them.
+    context = multiprocessing.get_context("spawn") if surroundings["CUDA_VISIBLE_DEVICES"] else server
+    process = context.Process(target=main, args=(words, surroundings, output(folder)))
     process.start()
     running.append(process)
     return process
 
 
-def pair(folder: Path, *arguments: object) -> list[multiprocessing.Process]:
-    """Two training processes without a launcher that would look after them."""
-    common = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+def pair(folder: Path, *arguments: object, gpus: str = "") -> list[multiprocessing.Process]:
+    """Two training processes without a launcher that would look after them, on the CPU or on `gpus`."""
+    common = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), CUDA_VISIBLE_DEVICES=gpus)
     return [start(folder, *arguments, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]
 
 

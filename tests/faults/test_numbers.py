@@ -5,6 +5,7 @@ import math
 
 import harness
 import pytest
+import torch
 from test_trainer import half, make, poison
 
 from uvit_dia.trainer import TrainingDiverged, fit, summary
@@ -43,6 +44,11 @@ PIXEL, LAYER, GRADIENT = "one pixel of the last image", "the output of mid_block
         ("the loss", GRADIENT, {"num_accumulation_steps": 2, "precision": "bf16"}),
         (LAYER, LAYER, {"num_accumulation_steps": 2}),
         (f"{GRADIENT} in_blocks.0.mlp.fc2.weight", GRADIENT, {"max_grad_norm": 1.0}),
+        pytest.param(
+            *(PIXEL, "the images", {"precision": "bf16", "compile": True, "deterministic": True}),
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            id="one CUDA graph",
+        ),
     ],
 )
 def test_no_step_is_taken_whatever_else_is_on(what, named, settings):

@@ -64,19 +64,19 @@ def test_compiled_code_too(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", ON_A_GPU)
 def test_on_a_gpu_too_where_it_is_asked_to_be_deterministic(case, tmp_path):
-    try:
-        assert_stopping_changes_nothing(tmp_path, ON_A_GPU[case])
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert_stopping_changes_nothing(tmp_path, ON_A_GPU[case])
 
 
 @pytest.mark.parametrize("processes", [(1, 2, 1), (2, 1, 2)])
-def test_going_on_with_another_number_of_processes_sees_the_same_data_and_noise(processes, tmp_path):
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert harness.run(whole, "--train.num_steps", 12) == 0
+def test_going_on_with_another_number_of_processes_sees_the_same_data_and_noise(processes, gpus, tmp_path):
+    whole, folder, first = tmp_path / "whole", tmp_path / "run", {"CUDA_VISIBLE_DEVICES": gpus[:1]}
+    assert harness.run(whole, "--train.num_steps", 12, **first) == 0
     for i, number in enumerate(processes, 1):
         options = ["--train.num_steps", 4 * i, "--resume"]
-        started = harness.pair(folder, *options) if number == 2 else [harness.start(folder, *options)]
+        if number == 2:
+            started = harness.pair(folder, *options, gpus=gpus)
+        else:
+            started = [harness.start(folder, *options, **first)]
         assert set(harness.ended(*started)) == {0}, harness.said(folder)
     for ours, theirs in zip(harness.metrics(folder), harness.metrics(whole), strict=True):
         assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)

@@ -58,9 +58,9 @@ def test_a_second_ctrl_c_exits_at_once(tmp_path):
     assert RunFolder(folder).newest_good().name == "step_00000002"
 
 
-def test_two_processes_stop_together_when_one_is_signalled(tmp_path):
+def test_two_processes_stop_together_when_one_is_signalled(gpus, tmp_path):
     folder = tmp_path / "run"
-    first, second = harness.pair(folder, *ENDLESS)
+    first, second = harness.pair(folder, *ENDLESS, gpus=gpus)
     trains(folder, first, second)
     os.kill(second.pid, signal.SIGUSR1)
     assert harness.ended(first, second) == [128 + signal.SIGUSR1] * 2
@@ -69,9 +69,9 @@ def test_two_processes_stop_together_when_one_is_signalled(tmp_path):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_death_of_one_of_two_processes_ends_the_other_with_the_reason(victim, tmp_path):
+def test_the_death_of_one_of_two_processes_ends_the_other_with_the_reason(victim, gpus, tmp_path):
     folder = tmp_path / "run"
-    both = harness.pair(folder, *ENDLESS, "--train.checkpoint_every", 2)
+    both = harness.pair(folder, *ENDLESS, "--train.checkpoint_every", 2, gpus=gpus)
     wait_for((folder / "pipeline").is_dir, *both)
     both[victim].kill()
     codes = harness.ended(*both, within=60)
