@@ -140,9 +140,7 @@ def importance(subject: Subject) -> Numbers:
 
 def variants(*ablated: str) -> dict[str, dict[str, Any]]:
     """Changed arguments of UViT by name: none, and each ablation; then the same without the unit."""
-    found: dict[str, dict[str, Any]] = {"as configured": {}} | {
-        f"no {name}": {name: False} for name in ablated
-    }
+    found: dict[str, dict[str, Any]] = {"as configured": {}, **{f"no {x}": {x: False} for x in ablated}}
     return found | {f"{name}, no unit": changes | {"unit": None} for name, changes in found.items()}
 
 

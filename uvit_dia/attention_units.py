@@ -8,17 +8,18 @@ those that share the unit, as BatchNorm is never shared (sec. VI-B2). gate: floa
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from inspect import getfullargspec
 from itertools import groupby
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
+from torch.library import custom_op
 
-from uvit_dia.errors import ConfigError, one_of
+from uvit_dia.errors import ConfigError, check_fields, one_of
 
 State = tuple[tuple[Tensor, Tensor], ...] | None  # (hidden, cell) of each cell: (B, D), float32
 Grid = tuple[int, int] | None  # height and width in patches; None: a square
@@ -48,11 +49,10 @@ class LSTMCell(nn.Module):
         self.input_expand, self.hidden_expand = (nn.Linear(width, 4 * dim) for _ in range(2))
 
     def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # (B, N) each
-        if self.reduction is not None:
-            y, h = squeeze(self.input_reduce, self.hidden_reduce, y, h)
+        x = squeeze(self.input_reduce, self.hidden_reduce, y, h) if self.reduction else torch.cat([y, h], 1)
         weight = torch.cat([self.input_expand.weight, self.hidden_expand.weight], 1)
         bias = self.input_expand.bias + self.hidden_expand.bias
-        return lstm_update(F.linear(torch.cat([y, h], 1), weight, bias), c, self.activation)
+        return lstm_update(F.linear(x, weight, bias), c, self.activation)
 
 
 class LightCell(nn.Module):
@@ -66,16 +66,20 @@ class LightCell(nn.Module):
         self.input_shift, self.hidden_shift = (nn.Parameter(torch.zeros(4, dim)) for _ in range(2))
 
     def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        pair = squeeze(self.input_reduce, self.hidden_reduce, y, h)
-        u, v = repeat(pair, "two b k -> two b 1 (r k)", r=self.reduction)  # the paper leaves it open
-        z = self.input_scale * u + self.input_shift + self.hidden_scale * v + self.hidden_shift  # (B, 4, N)
-        return lstm_update(rearrange(z, "b four n -> b (four n)"), c, self.activation)
+        x = squeeze(self.input_reduce, self.hidden_reduce, y, h)
+        tiles = torch.eye(x.shape[1] // 2, device=x.device).repeat(self.reduction, 1)  # not told by the paper
+        scales = torch.stack([self.input_scale, self.hidden_scale])
+        # As one product with mostly zeros: its gradients are two more products, and no sums over the batch.
+        weight = rearrange(scales[..., None] * tiles, "two four n k -> (four n) (two k)")
+        bias = (self.input_shift + self.hidden_shift).flatten()
+        return lstm_update(F.linear(x, weight, bias), c, self.activation)
 
 
 def squeeze(first: nn.Linear, second: nn.Linear, y: Tensor, h: Tensor) -> Tensor:
-    """relu(first(y)) and relu(second(h)), in one product: at small batches launching two costs more."""
+    """[relu(first(y)) relu(second(h))], (B, 2N/r), in one product: launching two costs more."""
     z = torch.bmm(torch.stack([y, h]), torch.stack([first.weight, second.weight]).mT)  # (2, B, N/r)
-    return torch.relu(z if first.bias is None else z + torch.stack([first.bias, second.bias])[:, None])
+    z = z if first.bias is None else z + torch.stack([first.bias, second.bias])[:, None]
+    return rearrange(torch.relu(z), "two b k -> b (two k)")
 
 
 def reduced(dim: int, reduction: int | None) -> int:
@@ -241,6 +245,11 @@ def grid_of(x: Tensor, grid: Grid) -> tuple[int, int]:
     return grid or (side, side)
 
 
+# A gate (B, 1, D) in memory: without this, compiled code makes it anew for every token that it scales.
+stored = custom_op("uvit_dia::stored", torch.clone, mutates_args=(), schema="(Tensor x) -> Tensor")
+stored.register_fake(torch.empty_like)
+stored.register_autograd(lambda context, gradient: gradient)
+
 Kind = Literal["constant", "se", "eca", "cbam", "srm", "spa", "sem", "spem", "dia_lstm", "dia_lstm_light"]
 CLASSES = (Constant, SE, ECA, CBAM, SRM, SPA, SEM, SPEM, DIALSTM, DIALSTMLight)
 UNITS = dict(zip(get_args(Kind), CLASSES, strict=True))
@@ -261,10 +270,7 @@ class UnitConfig:
     value: float | Literal["default"] = "default"  # the constant gate
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, choices = getattr(self, field.name), get_args(field.type)
-            if get_origin(field.type) is Literal and value not in choices:
-                raise ConfigError(f"model.unit.{field.name}", value, one_of(str(value), list(choices)))
+        check_fields("model.unit", self)
         known, given = getfullargspec(UNITS[self.kind]).kwonlyargs, self.as_dict()
         for name in given.keys() & {"reduction", "num_cells", "activation", "value"} - set(known):
             takes = f"no such option: {self.kind} takes {', '.join(known) or 'none'}"
@@ -330,6 +336,7 @@ class SharedUnit(nn.Module):
         gate = self.config.gate_scale * gate
         if self.config.kind == "cbam":  # a gate of patches: the extra tokens keep factor 1
             gate = F.pad(gate, (0, 0, self.num_extra, 0), value=1.0)
+        gate = stored(gate) if torch.compiler.is_compiling() else gate
         return (x * gate).to(x.dtype), state
 
     def penalty(self) -> Tensor | None:

@@ -150,9 +150,7 @@ class Dumper(yaml.SafeDumper):
     """Quotes words such as 1e3 too, which are numbers to jsonargparse and none to PyYAML."""
 
 
-Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+.\d_]+[eE][-+]?\d+$"), list("-+.0123456789")
-)
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.\d_]+[eE][-+]?\d+$"), None)
 
 
 def save(config: Config, path: Path, header: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from uvit_dia.errors import ConfigError, UserError, check_least, one_of
+from uvit_dia.errors import ConfigError, UserError, check_fields, one_of
 from uvit_dia.random_keys import Stream, numpy_generator
 
 FORMATS = "PNG JPEG WEBP BMP GIF TIFF PPM".split()  # without EPS, on which Pillow runs Ghostscript
@@ -45,13 +45,11 @@ class DataConfig:
     num_workers: int = 4  # processes that decode images; 0: the training process does
 
     def __post_init__(self) -> None:
-        if self.dataset not in SOURCES:
-            raise ConfigError("data.dataset", self.dataset, one_of(str(self.dataset), list(SOURCES)))
+        check_fields("data", self, in_memory_gib=0, num_workers=0)
         if self.dataset in ("folder", "hub") and not self.path:
             raise ConfigError("data.path", self.path, f"a path, which data.dataset {self.dataset} needs")
         if self.dataset == "digits" and self.path is not None:
             raise ConfigError("data.path", self.path, "null with data.dataset digits; is it a folder or hub?")
-        check_least("data", self, in_memory_gib=0, num_workers=0)
 
 
 @dataclass(eq=False)
@@ -269,9 +267,7 @@ def end_workers() -> None:
 def read_all(images: ImageSet, numbers: range | None = None) -> Iterator[Tensor]:
     """The pixels of the whole set, or of these images, in order, uint8 (512 or less, C, H, W)."""
     numbers = range(len(images)) if numbers is None else numbers
-    num_workers = min(
-        images.num_workers, len(numbers) // 2_000
-    )  # starting one costs about 2,000 small images
+    num_workers = min(images.num_workers, len(numbers) // 2_000)  # one costs as much as 2,000 small images
     return read(images, BatchSampler(numbers, 512, drop_last=False), num_workers)
 
 

@@ -7,7 +7,7 @@ import diffusers
 from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
-from uvit_dia.errors import ConfigError, check_least, one_of
+from uvit_dia.errors import ConfigError, check_fields, one_of
 
 SAMPLERS = {
     "ddpm": DDPMScheduler,
@@ -27,7 +27,7 @@ class DiffusionConfig:
     min_snr_gamma: float | None = None  # caps the weight of easy timesteps (arXiv 2303.09556); 5 is usual
 
     def __post_init__(self) -> None:
-        check_least("diffusion", self, num_train_timesteps=1)
+        check_fields("diffusion", self, num_train_timesteps=1)
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ConfigError("diffusion.min_snr_gamma", self.min_snr_gamma, "null or more than 0")
 

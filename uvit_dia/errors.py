@@ -4,9 +4,10 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from torch import OutOfMemoryError
 
@@ -24,8 +25,12 @@ class ConfigError(UserError):
         super().__init__(f"{key}: {value!r} will not do; expected {expected}")
 
 
-def check_least(section: str, settings: Any, **least: float) -> None:
-    """ConfigError for the first field of `settings` that is below its bound."""
+def check_fields(section: str, settings: Any, **least: float) -> None:
+    """ConfigError for the first field below its bound or, of a dataclass, none of its Literal's choices."""
+    for field in fields(settings) if is_dataclass(settings) else ():
+        value, choices = getattr(settings, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            raise ConfigError(f"{section}.{field.name}", value, one_of(str(value), list(choices)))
     for name, bound in least.items():
         if not getattr(settings, name) >= bound:  # nan is neither
             raise ConfigError(f"{section}.{name}", getattr(settings, name), f"{bound} or more")

@@ -26,7 +26,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from uvit_dia.checkpoint import aside
 from uvit_dia.data import ImageSet, content_hash, read_all
-from uvit_dia.errors import ConfigError, UserError, check_least, check_place
+from uvit_dia.errors import ConfigError, UserError, check_fields, check_place
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Device
 from uvit_dia.sampling import SampleConfig, generate
@@ -56,10 +56,8 @@ class EvaluateConfig:
     seed: int = 2020  # of the subsets and splits; torch-fidelity's default, so its own command agrees
 
     def __post_init__(self) -> None:
-        if self.extractor not in (INCEPTION, LITE0):
-            raise ConfigError("evaluate.extractor", self.extractor, f"{INCEPTION} or {LITE0}")
         least = dict(num_images=NUM_SPLITS, kid_subset_size=2, every=0, seed=0)
-        check_least("evaluate", self, **least, num_seeds=1, batch_size=1, kid_subsets=1)
+        check_fields("evaluate", self, **least, num_seeds=1, batch_size=1, kid_subsets=1)
         self.check_subsets(self.num_images, "of the generated set")
         if self.every:
             self.check_subsets(self.screen_images, "of evaluate.screen_images")

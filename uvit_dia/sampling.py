@@ -16,8 +16,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from uvit_dia.checkpoint import RunFolder
-from uvit_dia.diffusion import SAMPLERS, make_sampler
-from uvit_dia.errors import ConfigError, UserError, check_compiler, check_least, one_of
+from uvit_dia.diffusion import make_sampler
+from uvit_dia.errors import UserError, check_compiler, check_fields
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream, torch_generator
 
@@ -37,9 +37,7 @@ class SampleConfig:
     compile: bool = False  # torch.compile the network: slow to start; needs a C++ compiler on a CPU
 
     def __post_init__(self) -> None:
-        check_least("sample", self, num_images=1, steps=1, batch_size=1, seed=0)
-        if self.sampler not in SAMPLERS:
-            raise ConfigError("sample.sampler", self.sampler, one_of(self.sampler, list(SAMPLERS)))
+        check_fields("sample", self, num_images=1, steps=1, batch_size=1, seed=0)
 
 
 def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline, dict[str, Any]]:

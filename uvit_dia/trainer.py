@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from uvit_dia.checkpoint import BadCheckpoint, Tensors
 from uvit_dia.data import Batch, Batches
 from uvit_dia.diffusion import DiffusionConfig, denoising_loss, make_scheduler
-from uvit_dia.errors import ConfigError, UserError, check_compiler, check_least
+from uvit_dia.errors import ConfigError, UserError, check_compiler, check_fields
 from uvit_dia.random_keys import Stream, torch_generator
 from uvit_dia.uvit import UViT
 
@@ -62,7 +62,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         zero = ("num_steps", "seed", "warmup_steps", "preview_every", "weight_decay")
         one = ("batch_size", "num_accumulation_steps", "log_every", "checkpoint_every", "keep_checkpoints")
-        check_least("train", self, **dict.fromkeys(zero, 0), **dict.fromkeys(one, 1))
+        check_fields("train", self, **dict.fromkeys(zero, 0), **dict.fromkeys(one, 1))
         shares = {"ema_decay": [self.ema_decay], "label_drop": [self.label_drop], "betas": self.betas}
         for name, values in shares.items():
             if not all(0 <= value < 1 for value in values):

@@ -26,7 +26,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from uvit_dia.attention_units import Grid, SharedUnit, State, TwoLinears, UnitConfig
-from uvit_dia.errors import ConfigError, UserError, check_least
+from uvit_dia.errors import ConfigError, UserError, check_fields
 
 # (B,), dim -> (B, dim) in float32, [cos, sin] as in the official code
 timestep_embedding = partial(get_timestep_embedding, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -127,7 +127,7 @@ class Block(nn.Module):
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         y = self.attn(self.norm1(x))
         x = x + y if self.residuals else y
-        n = self.norm2(x)
+        n = self.norm2(x).to(x.dtype)  # autocast makes it float32, twice the bytes for the unit to read
         if unit is not None:
             n, state = unit(n, state, number, grid)
         y = self.mlp(n)
@@ -303,10 +303,10 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 def check(c: FrozenDict) -> None:
     """ConfigError where UViT's arguments do not fit together."""
-    check_least("model", c, sample_size=1, patch_size=1, in_channels=1, embed_dim=2, depth=2, num_heads=1)
-    check_least("model", c, mlp_ratio=1 / c.embed_dim)
+    check_fields("model", c, sample_size=1, patch_size=1, in_channels=1, embed_dim=2, depth=2, num_heads=1)
+    check_fields("model", c, mlp_ratio=1 / c.embed_dim)
     if c.num_classes is not None:
-        check_least("model", c, num_classes=1)
+        check_fields("model", c, num_classes=1)
     if c.sample_size % c.patch_size:
         raise ConfigError("model.patch_size", c.patch_size, f"a divisor of model.sample_size={c.sample_size}")
     if c.embed_dim % c.num_heads or c.embed_dim % 2:
