@@ -213,7 +213,7 @@ def activations(model: UViT, inputs: tuple) -> int:
 
     def count(x: Tensor) -> Tensor:
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        return x.detach()  # an output that its own node saves would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         output = model(*inputs)

@@ -1,5 +1,6 @@
 """The benchmark: its reference column is the official recipe, which gives the golden outputs and learns."""
 
+import gc
 import importlib.util
 from dataclasses import replace
 from itertools import islice
@@ -44,3 +45,19 @@ def test_the_reference_recipe_learns():
     steps = benchmark.reference_steps(model, settings, batches, Accelerator(cpu=True))
     losses = torch.stack(list(islice(steps, 120)))
     assert losses[-20:].mean() < 0.8 * losses[:5].mean()
+
+
+def test_counting_activations_leaves_none_in_memory():
+    model = UViT(sample_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+    inputs = (torch.randn(2, 3, 8, 8), torch.tensor([1, 2]), None)
+    before = alive()
+    small, large = (
+        benchmark.activations(model, inputs),
+        benchmark.activations(model, (inputs[0].repeat(3, 1, 1, 1), 5, None)),
+    )
+    assert 2.5 * small < large < 3.5 * small and alive() <= before
