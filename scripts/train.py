@@ -1,14 +1,16 @@
 """Train a diffusion model: accelerate launch scripts/train.py --config FILE [--section.field value]."""
 
+import fcntl
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from uvit_dia import checkpoint, config, evaluation, posthoc, trainer
 from uvit_dia.checkpoint import RunFolder, aside, writing
-from uvit_dia.data import Batches, load_images, test_images
+from uvit_dia.data import Batches, ImageSet, load_images, test_images
 from uvit_dia.errors import ConfigError, UserError, run
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
@@ -41,8 +43,7 @@ def main() -> int:
     parsed = parser.parse_args(argv if named else ["--config", str(DIGITS), *argv])
     settings = config.to_config(parser, parsed)
     folder = RunFolder(settings.output_dir)
-    if parsed.resume is None and folder.config.exists():
-        raise UserError(f"output_dir: {folder.root} holds a run; add --resume to go on, or name another")
+    check_free(folder, parsed.resume)
     accelerator = trainer.make_accelerator(settings.train.precision, settings.train.trackers, folder.root)
     with company(accelerator):
         state, batches = prepare(settings, folder, parsed.resume, accelerator)
@@ -72,7 +73,15 @@ def prepare(
         sample = settings.sample
         previewing = UViTPipeline(state.ema.ema_model, state.scheduler)
         previewing.check(sample.guidance_scale, sample.steps, sample.class_label)
-    resume(state, folder, source)
+    if accelerator.is_main_process:
+        claim(folder)
+        check_free(folder, source)  # somebody may have begun meanwhile
+    try:
+        resume(state, images, folder, source)
+    except UserError:
+        with suppress(OSError):  # it holds something
+            folder.root.rmdir()
+        raise
     with writing(folder.root):
         if accelerator.is_main_process:
             config.save(settings, folder.config, config.provenance())
@@ -81,7 +90,37 @@ def prepare(
     return state, batches
 
 
-def resume(state: trainer.TrainState, folder: RunFolder, source: str | None) -> None:
+def check_free(folder: RunFolder, source: str | None) -> None:
+    if source is None and folder.config.exists():
+        raise UserError(f"output_dir: {folder.root} holds a run; add --resume to go on, or name another")
+
+
+def claim(folder: RunFolder, patience: float = 10) -> None:
+    """Keep other trainings out of the folder until this process ends; UserError where one is at work there.
+
+    It waits a little, as the data workers of a process that was killed end some seconds later.
+    """
+    with writing(folder.root):
+        folder.root.mkdir(parents=True, exist_ok=True)
+        directory, end = os.open(folder.root, os.O_RDONLY), time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                remedy = "wait for its end, or name another output_dir"
+                raise UserError(f"{folder.root}: another training is at work there; {remedy}") from None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            return None
+
+
+def facts_of(images: ImageSet) -> dict[str, Any]:
+    """What a checkpoint knows its training images by, without decoding them."""
+    return {"images": len(images), "labels sha256": sha256(images.labels.tobytes()).hexdigest()}
+
+
+def resume(state: trainer.TrainState, images: ImageSet, folder: RunFolder, source: str | None) -> None:
     """Load the checkpoint that the main process found, on every process; without one the run starts at 0."""
     found = [None]
     if state.accelerator.is_main_process:
@@ -89,7 +128,11 @@ def resume(state: trainer.TrainState, folder: RunFolder, source: str | None) -> 
             folder.mend()
         found = [folder.newest_good() if source == "newest" else source and Path(source)]
     if path := broadcast_object_list(found)[0]:
-        state.load(*checkpoint.read(path))
+        tensors, info = checkpoint.read(path)
+        if (then := info.get("data", facts_of(images))) != facts_of(images):
+            now = f"{len(images):,} images now and {then['images']:,} then, or other labels"
+            raise UserError(f"{path}: the training data has changed ({now}); put it back, or start a new run")
+        state.load(tensors, info)
         newest = next(iter(checkpoint.folders(folder.checkpoints)), path)
         if source != "newest" and newest.name > f"step_{state.step:08d}":
             remedy = "move it away, or name another output_dir"
@@ -175,7 +218,7 @@ def train(state: trainer.TrainState, batches: Batches, settings: config.Config, 
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
                 started, seen = time.perf_counter(), record.step
             if record.step % every.checkpoint_every == 0:
-                save(state, folder)
+                save(state, batches.images, folder)
                 saved = record.step
             preview_due = record.step == every.num_steps or record.step % (every.preview_every or 1) == 0
             if every.preview_every and preview_due and main:
@@ -185,7 +228,7 @@ def train(state: trainer.TrainState, batches: Batches, settings: config.Config, 
                 screen(state, scorer, settings, folder)
                 started += time.perf_counter() - began  # images_per_second is that of training
     if saved != state.step:
-        save(state, folder)
+        save(state, batches.images, folder)
     number = torch.tensor(signals[:1] or [0], device=accelerator.device)
     if number := int(accelerator.gather(number).max()):  # all processes end alike, whichever was signalled
         name = signal.Signals(number).name
@@ -218,11 +261,12 @@ def log(state: trainer.TrainState, folder: RunFolder, metrics: dict[str, float])
         state.accelerator.log(metrics, step=int(metrics["step"]))
 
 
-def save(state: trainer.TrainState, folder: RunFolder) -> None:
+def save(state: trainer.TrainState, images: ImageSet, folder: RunFolder) -> None:
     """A checkpoint, and the averaged weights as a diffusers pipeline; the other processes wait."""
     if state.accelerator.is_main_process:
         keep, widths = state.config.keep_checkpoints, state.config.posthoc_ema
-        checkpoint.save(folder.checkpoints, state.step, state.tensors(), state.info(), keep)
+        info = state.info() | {"data": facts_of(images)}
+        checkpoint.save(folder.checkpoints, state.step, state.tensors(), info, keep)
         if widths:
             parts = (posthoc.snapshot(state.posthoc), {"posthoc_ema": widths})
             checkpoint.save(folder.posthoc, state.step, *parts, keep=sys.maxsize)

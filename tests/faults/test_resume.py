@@ -5,6 +5,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+from PIL import Image
 from test_trainer import assert_same, make
 
 from uvit_dia import checkpoint
@@ -65,6 +66,26 @@ def test_compiled_code_too(tmp_path):
 @pytest.mark.parametrize("case", ON_A_GPU)
 def test_on_a_gpu_too_where_it_is_asked_to_be_deterministic(case, tmp_path):
     assert_stopping_changes_nothing(tmp_path, ON_A_GPU[case])
+
+
+def test_going_on_with_other_images_is_refused_until_they_are_back(tmp_path):
+    folder, images = tmp_path / "run", tmp_path / "images"
+    for i in range(10):
+        path = images / "ab"[i < 6] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(path)
+    data = ["--data.dataset", "folder", "--data.path", images, "--data.in_memory_gib", 1]
+    assert harness.run(folder, *data, "--train.num_steps", 3) == 0
+    again = [*data, "--resume", "--train.num_steps", 6]
+    (images / "a").rename(images / "c")  # as many images in another order
+    assert harness.run(folder, *again) == 2
+    said = harness.said(folder)
+    assert "the training data has changed" in said and "10 images now and 10 then" in said
+    (images / "c").rename(images / "a")
+    (extra := images / "b" / "x.png").write_bytes((images / "b" / "2.png").read_bytes())
+    assert harness.run(folder, *again) == 2 and "11 images now and 10 then" in harness.said(folder)
+    extra.unlink()
+    assert harness.run(folder, *again) == 0 and harness.metrics(folder)[-1]["step"] == 6
 
 
 @pytest.mark.parametrize("processes", [(1, 2, 1), (2, 1, 2)])

@@ -45,6 +45,17 @@ def test_a_signal_finishes_the_step_saves_and_tells_by_the_exit_code(name, tmp_p
     assert f"going on from {newest}" in harness.said(folder)
 
 
+def test_two_trainings_never_share_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    first = harness.start(folder, *ENDLESS)
+    trains(folder, first)
+    assert harness.run(folder, "--resume") == 2
+    assert f"error: {folder}: another training is at work there" in harness.said(folder)
+    os.kill(first.pid, signal.SIGTERM)
+    assert harness.ended(first) == [128 + signal.SIGTERM]
+    harness.metrics(folder)
+
+
 def test_a_second_ctrl_c_exits_at_once(tmp_path):
     folder = tmp_path / "run"
     long_preview = ["--train.preview_every", 2, "--sample.num_images", 1000, "--sample.steps", 1000]
