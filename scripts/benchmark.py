@@ -294,7 +294,7 @@ def score(
 ) -> list[Row]:
     """Feature extraction of real images."""
     extractor = load_extractor(settings.evaluate, accelerator.device)
-    some = torch.cat(list(islice(read_all(images), 1 + num * size // 512)))[: num * size]
+    some = torch.cat([x.clone() for x in islice(read_all(images), 1 + num * size // 512)])[: num * size]
     numbers = torch.arange(len(some)) * accelerator.num_processes + accelerator.process_index
     extract(extractor, [(numbers[:size], some[:size])], size, accelerator)
     seconds = timed(lambda: extract(extractor, [(numbers, some)], size, accelerator), 1)

@@ -9,6 +9,7 @@ baseline. The same command goes on where an earlier one stopped.
 """
 
 import fcntl
+import json
 import os
 import platform
 import shlex
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -129,8 +131,13 @@ def num_images(one: Run) -> int:
 
 
 def images_done(one: Run) -> int:
-    records = one.folder.read_metrics()
-    return records[-1]["images"] if records else 0
+    """What the last whole line of its metrics says, looked for at the end of what may be a long file."""
+    with suppress(OSError), one.folder.metrics.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        for line in reversed(file.read().split(b"\n")):
+            with suppress(ValueError, TypeError):
+                return json.loads(line)["images"]
+    return 0
 
 
 def forecast(runs: list[Run]) -> float | None:
@@ -203,7 +210,7 @@ class Job:
     slot: dict[str, str]
     commands: list[list[str]]
     lock: int
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen | None = None  # None only before the first
 
     def next(self) -> None:
         """Start the next command in a session of its own, so that Ctrl-C reaches it once, through us."""
@@ -221,12 +228,12 @@ class Grid:
         self.runs, self.places, self.lock = runs, list(places), lock
         self.going: list[Job] = []
         self.failed: dict[str, str] = {}  # name -> its last words
-        self.stopped = False
+        self.stopped, self.signals = False, []  # signals: that the jobs have yet to be sent
 
     def stop(self, number: int) -> None:
+        """Called by a signal, which may come while a job is being started: `go` passes it on."""
+        self.signals.append(number)
         self.stopped = True
-        for job in self.going:
-            job.process.send_signal(number)
 
     def go(self) -> Iterator[None]:
         """Train and score what is left, and yield now and then; one that fails does not stop the others."""
@@ -238,6 +245,10 @@ class Grid:
                 self.going[-1].next()
             yield
             time.sleep(0.5)
+            while self.signals:
+                number = self.signals.pop(0)
+                for job in self.going:
+                    job.process.send_signal(number)
             for job in [job for job in self.going if job.process.poll() is not None]:
                 self.ended(job)
 

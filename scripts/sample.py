@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from uvit_dia import config
-from uvit_dia.checkpoint import RunFolder
+from uvit_dia.checkpoint import RunFolder, writing
 from uvit_dia.errors import UserError, check_place, run
 from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline
 from uvit_dia.trainer import make_accelerator
@@ -31,6 +31,8 @@ def main() -> int:
         check_place("--grid", given.grid, [".png", ".jpg", ".webp"])
     if "dir" in given:
         check_place("--dir", given.dir)
+        if next(Path(given.dir).glob("*.png"), None):
+            raise UserError(f"--dir: there are images in {given.dir} already; name another folder")
 
     accelerator = make_accelerator(settings.precision)
     pipeline, _ = load_pipeline(given.source, accelerator.device)
@@ -40,13 +42,15 @@ def main() -> int:
     with tqdm(total=settings.num_images, unit="image", disable=not accelerator.is_main_process) as bar:
         for indices, images in pieces:
             if "dir" in given:
-                save_images(images, indices, Path(given.dir))
+                with writing(Path(given.dir)):
+                    save_images(images, indices, Path(given.dir))
             shown += [pair for pair in zip(indices.tolist(), images, strict=True) if pair[0] < 256]
             bar.update(len(indices) * accelerator.num_processes)
     shown = sorted(gather_object(shown), key=lambda pair: pair[0])
     if "grid" in given and accelerator.is_main_process:
-        Path(given.grid).parent.mkdir(parents=True, exist_ok=True)
-        grid(torch.stack([image for _, image in shown])).save(given.grid)
+        with writing(Path(given.grid)):
+            Path(given.grid).parent.mkdir(parents=True, exist_ok=True)
+            grid(torch.stack([image for _, image in shown])).save(given.grid)
     accelerator.print(" ".join(given[name] for name in ("grid", "dir") if name in given))
     accelerator.end_training()
     return 0

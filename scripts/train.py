@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -44,7 +44,8 @@ def main() -> int:
     settings = config.to_config(parser, parsed)
     folder = RunFolder(settings.output_dir)
     check_free(folder, parsed.resume)
-    accelerator = trainer.make_accelerator(settings.train.precision, settings.train.trackers, folder.root)
+    logs = folder.root / "tensorboard"
+    accelerator = trainer.make_accelerator(settings.train.precision, settings.train.trackers, logs)
     with company(accelerator):
         state, batches = prepare(settings, folder, parsed.resume, accelerator)
         code = train(state, batches, settings, folder)
@@ -86,7 +87,8 @@ def prepare(
         if accelerator.is_main_process:
             config.save(settings, folder.config, config.provenance())
             folder.trim_metrics(state.step)
-        accelerator.init_trackers("tensorboard")
+        named = {"wandb": {"name": folder.root.resolve().name, "config": asdict(settings)}}
+        accelerator.init_trackers("uvit_dia", init_kwargs=named)
     return state, batches
 
 

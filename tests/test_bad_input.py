@@ -1,5 +1,6 @@
 """Bad input to every script: exit code 2, one line that says what, where and what to do, nothing written."""
 
+import errno
 import hashlib
 import importlib.util
 import io
@@ -231,6 +232,7 @@ extra -> extra: no such key
 SAMPLE = """
 --grid {tmp}/g.png -> arguments are required: source
 {tmp}/run -> nothing to write: add --grid out.png, --dir images/ or both
+{tmp}/run --dir {tmp}/few -> --dir: there are images in {tmp}/few already; name another folder
 {tmp}/run --grid {tmp}/g.png --nope 3 -> nope: no such key
 {tmp}/run --grid {tmp}/g.png --num_images 0 -> sample.num_images: 0 will not do
 {tmp}/run --grid {tmp}/g.png --num_images x -> num_images: 'x' will not do
@@ -433,6 +435,8 @@ def test_a_place_is_refused_only_if_nothing_can_be_written_there(tmp_path, monke
 def test_a_file_system_that_refuses_is_one_line_and_a_bug_is_a_traceback(tmp_path, capsys):
     assert errors.run(lambda: (tmp_path / "x" / "y").write_text("")) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/x/y: No such file or directory")
+    assert errors.run(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))) == 2
+    assert capsys.readouterr().err.startswith("error: a file: No space left; mend that")
     with pytest.raises(OSError, match="nothing of files"):
         errors.run(lambda: (_ for _ in ()).throw(OSError("nothing of files")))
 
@@ -474,7 +478,7 @@ def test_a_payload_would_run_if_it_were_unpickled(ran):
 @pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
 def test_a_pickle_as_official_weights_is_refused(name, write, ran):
     write({"pos_embed": Payload(ran)}, ran.with_name(name))
-    with pytest.raises(UserError, match=f"{name}: can't be read as plain weights"):
+    with pytest.raises(UserError, match=f"{name}: not the plain weights"):
         UViT.from_official(ran.with_name(name))
     assert not ran.exists()
 

@@ -26,9 +26,7 @@ def test_the_reference_network_gives_the_official_outputs(name, tmp_path):
     settings, weights, tensors = golden(name)
     torch.save(weights, tmp_path / "nnet.pth")
     ours = UViT.from_official(tmp_path / "nnet.pth", num_heads=int(settings["num_heads"]))
-    plain = benchmark.reference_model(
-        {k: v for k, v in ours.config.items() if k[0] != "_" and k != "trained_on_time"}
-    )
+    plain = benchmark.reference_model({k: v for k, v in ours.config.items() if k[0] != "_"})
     plain.load_state_dict(weights)
     inputs = (tensors["input.sample"], tensors["input.timestep"], tensors.get("input.class_labels"))
     with torch.no_grad():

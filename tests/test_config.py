@@ -7,6 +7,7 @@ import torch
 
 from uvit_dia import config
 from uvit_dia.errors import UserError
+from uvit_dia.evaluation import versions
 from uvit_dia.uvit import UViT
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -59,6 +60,11 @@ def test_a_saved_config_reads_back_the_same(tmp_path):
     config.save(made, tmp_path / "config.yaml", config.provenance())
     assert config.load(tmp_path / "config.yaml") == made
     assert "# torch: " in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_machine_without_git_knows_its_versions_alone(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert config.provenance() == versions()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 
 from uvit_dia.diffusion import (
     SAMPLERS,
@@ -11,7 +12,6 @@ from uvit_dia.diffusion import (
     loss_weight,
     make_sampler,
     make_scheduler,
-    snr,
     target,
 )
 from uvit_dia.errors import ConfigError
@@ -44,7 +44,7 @@ def test_min_snr_weights_equal_their_formulas():
     t = torch.tensor([1, 300, 999])
     for prediction in PREDICTIONS:
         scheduler = make_scheduler(DiffusionConfig(prediction_type=prediction))
-        for weight, ratio in zip(loss_weight(scheduler, t, 5.0), snr(scheduler, t), strict=True):
+        for weight, ratio in zip(loss_weight(scheduler, t, 5.0), compute_snr(scheduler, t), strict=True):
             r = ratio.item()
             formulas = {"epsilon": min(1, 5 / r), "sample": min(r, 5), "v_prediction": min(r, 5) / (r + 1)}
             assert weight.item() == pytest.approx(formulas[prediction])

@@ -343,6 +343,7 @@ def test_reference_features_are_computed_once_for_one_content_and_again_when_the
     images.rows = 255 - images.rows
     scorer.features_of(images)
     assert compute.call_count == 6
+    assert ev.Scorer(config, images, digits(5), Accelerator(cpu=True)).anchor is None, "too few for an anchor"
 
 
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path, compute):

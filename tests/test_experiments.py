@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import runpy
 import signal
 import sys
@@ -262,3 +263,14 @@ def test_help_explains_the_grid(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert done.value.code == 0 and "KEY=VALUE,VALUE,... of any setting" in said and "--dry_run" in said
     assert "images of one optimizer step" in said  # and every setting of a run
+
+
+def test_what_a_run_has_done_is_read_off_the_end_of_its_metrics(tmp_path):
+    one = make_runs(base(tmp_path), {"train.seed": [0]}, "steps")[0]
+    done = SCRIPT["images_done"]
+    assert done(one) == 0
+    one.folder.root.mkdir(parents=True)
+    lines = [json.dumps({"step": i, "images": 8 * i, "loss": 0.1}) + "\n" for i in range(500)]
+    for text, images in {"": 0, lines[0]: 0, "".join(lines): 8 * 499, "".join(lines)[:-9]: 8 * 498}.items():
+        one.folder.metrics.write_text(text)
+        assert done(one) == images

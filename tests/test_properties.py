@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers.training_utils import compute_snr
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from uvit_dia import config
 from uvit_dia.attention_units import UnitConfig
 from uvit_dia.data import Batches, DataConfig, ImageSet, decode, order
-from uvit_dia.diffusion import DiffusionConfig, loss_weight, make_scheduler, snr, target
+from uvit_dia.diffusion import DiffusionConfig, loss_weight, make_scheduler, target
 from uvit_dia.errors import ConfigError
 from uvit_dia.random_keys import Stream, numpy_generator, torch_generator
 from uvit_dia.trainer import TrainConfig, learning_rate
@@ -198,7 +199,7 @@ def test_noise_only_grows_and_never_reaches_nothing_or_all(diffusion):
     alphas = scheduler.alphas_cumprod
     assert len(alphas) == diffusion.num_train_timesteps
     assert (alphas > 0).all() and (alphas < 1).all() and (alphas.diff() < 0).all()
-    ratio = snr(scheduler, torch.arange(len(alphas)))
+    ratio = compute_snr(scheduler, torch.arange(len(alphas)))
     assert ratio.isfinite().all() and (ratio > 0).all() and (ratio.diff() < 0).all()
 
 

@@ -34,7 +34,7 @@ def test_official_weights_load_strictly_and_give_the_official_output(name, tmp_p
     assert model.config.sample_size == int(settings["img_size"]) and model.config.depth == int(
         settings["depth"]
     )
-    assert model.config.trained_on_time == "continuous 999t"
+    assert model.config._trained_on_time == "continuous 999t"
     with torch.no_grad():
         out = model(
             tensors["input.sample"], tensors["input.timestep"], tensors.get("input.class_labels")
@@ -42,11 +42,32 @@ def test_official_weights_load_strictly_and_give_the_official_output(name, tmp_p
     assert torch.allclose(out, tensors["output.sample"], atol=1e-4)
 
 
-def test_a_checkpoint_without_the_final_layer_is_refused_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda weights: {k: v for k, v in weights.items() if not k.startswith("final_layer")},
+        lambda weights: {k: v for k, v in weights.items() if not k.startswith("mid_block.mlp")},
+        lambda weights: weights | {"context_embed.weight": torch.zeros(2, 2)},
+        lambda weights: weights | {"pos_embed": 3},
+        lambda weights: list(weights.values()),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused_in_one_line(spoil, tmp_path):
     _, weights, _ = golden("uvit_uncond")
-    torch.save({k: v for k, v in weights.items() if not k.startswith("final_layer")}, tmp_path / "nnet.pth")
+    torch.save(spoil(weights), tmp_path / "nnet.pth")
     with pytest.raises(UserError, match="final 3x3 convolution"):
         UViT.from_official(tmp_path / "nnet.pth")
+
+
+@pytest.mark.parametrize("unit", [None, *UNITS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision_serve_too(unit, dtype):
+    torch.manual_seed(0)
+    model = UViT(**TINY, unit=unit and {"kind": unit}).eval()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 900])
+    with torch.no_grad():
+        expected, half = model(x, t).sample, model.to(dtype)(x, t).sample
+    assert half.dtype == dtype and torch.allclose(half.float(), expected, atol=0.05)
 
 
 def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):

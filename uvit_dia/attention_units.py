@@ -67,7 +67,7 @@ class LightCell(nn.Module):
 
     def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         x = squeeze(self.input_reduce, self.hidden_reduce, y, h)
-        tiles = torch.eye(x.shape[1] // 2, device=x.device).repeat(self.reduction, 1)  # not told by the paper
+        tiles = x.new_ones(x.shape[1] // 2).diag().repeat(self.reduction, 1)  # the paper leaves it open
         scales = torch.stack([self.input_scale, self.hidden_scale])
         # As one product with mostly zeros: its gradients are two more products, and no sums over the batch.
         weight = rearrange(scales[..., None] * tiles, "two four n k -> (four n) (two k)")
@@ -111,7 +111,7 @@ class DIALSTM(nn.Module):
         state = state or ((torch.zeros_like(y), torch.zeros_like(y)),) * len(self.cells)
         new = []
         for cell, (h, c) in zip(self.cells, state, strict=True):
-            y, c = cell(y, h, c)
+            y, c = cell(y.to(x.dtype), h.to(x.dtype), c)
             new.append((y, c))
         return rearrange(y, "b d -> b 1 d"), tuple(new)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import getsource, unwrap
 from pathlib import Path
@@ -176,5 +177,7 @@ def plain(settings: dict[str, Any]) -> dict[str, Any]:
 def provenance() -> dict[str, str]:
     """Versions, and the commit where the code is a git checkout."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return versions() | {"commit": git.stdout.strip()} if git.returncode == 0 else versions()
+    with suppress(OSError, subprocess.CalledProcessError):  # there is no git, or it is no checkout
+        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return versions() | {"commit": git.stdout.strip()}
+    return versions()

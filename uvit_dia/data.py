@@ -274,7 +274,8 @@ def read_all(images: ImageSet, numbers: range | None = None) -> Iterator[Tensor]
 def materialize(images: ImageSet, limit_gib: float) -> Tensor | None:
     """The pixels of the whole set, uint8 (n, C, H, W); None if they take more than `limit_gib`."""
     fits = len(images) * math.prod(images.shape) <= limit_gib * 2**30
-    return torch.cat(list(read_all(images))) if fits else None
+    # copies, since what workers made is shared memory, of which there may be little
+    return torch.cat([pixels.clone() for pixels in read_all(images)]) if fits else None
 
 
 def content_hash(images: ImageSet) -> str:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import diffusers
 from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from uvit_dia.errors import ConfigError, check_fields, one_of
@@ -60,12 +61,6 @@ def make_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     return SAMPLERS[name].from_config(scheduler.config, **extra.get(name, {}))
 
 
-def snr(scheduler: DDPMScheduler, t: Tensor) -> Tensor:
-    """Signal-to-noise ratio at timesteps t (B,), on t's device."""
-    alpha_bar = scheduler.alphas_cumprod.to(t.device)[t]
-    return alpha_bar / (1 - alpha_bar)
-
-
 def target(scheduler: DDPMScheduler, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """What the network should predict, of x0's shape (B, C, H, W)."""
     match scheduler.config.prediction_type:
@@ -81,7 +76,7 @@ def target(scheduler: DDPMScheduler, x0: Tensor, eps: Tensor, t: Tensor) -> Tens
 
 def loss_weight(scheduler: DDPMScheduler, t: Tensor, gamma: float) -> Tensor:
     """Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556, section 3.4), (B,), for the prediction type."""
-    ratio = snr(scheduler, t)
+    ratio = compute_snr(scheduler, t)
     capped = ratio.clamp(max=gamma)  # the weight of the x0 loss
     loss_over_x0_loss: dict[str, Any] = {"epsilon": ratio, "sample": 1, "v_prediction": ratio + 1}
     return capped / loss_over_x0_loss[scheduler.config.prediction_type]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -80,9 +81,9 @@ def run(main: Callable[[], int | None]) -> int:
         training = "train.batch_size or raise train.num_accumulation_steps"
         line = f"{why}; lower {training} (sampling: sample.batch_size, scoring: evaluate.batch_size)"
     except OSError as error:  # of files: no permission, a full disk, a folder where a file should be
-        if error.filename is None:
+        if error.filename is None and error.errno not in (ENOSPC, EDQUOT, EFBIG):
             raise
-        line = f"{error.filename}: {error.strerror}; mend that, or name another place"
+        line = f"{error.filename or 'a file'}: {error.strerror}; mend that, or name another place"
     if prints:
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
     return code

@@ -218,7 +218,7 @@ class Scorer:
         self.features = partial(extract, extractor, batch_size=config.batch_size, accelerator=accelerator)
         self.reference, self.described = self.features_of(reference)
         self.anchor = None
-        if held_out is not None:
+        if held_out is not None and len(held_out) >= NUM_SPLITS:
             real, _ = self.features_of(held_out)
             if accelerator.is_main_process:
                 self.anchor = score_anchor(real, self.reference, config, device)

@@ -181,7 +181,7 @@ def make_accelerator(precision: str, trackers: Sequence[str] = (), folder: Path 
     installed = [tracker.value for tracker in get_available_trackers()]
     if missing := [name for name in trackers if name not in installed]:
         raise ConfigError("train.trackers", missing[0], f"one that is installed: {', '.join(installed)}")
-    cpu = not torch.accelerator.is_available()
+    cpu = not torch.cuda.is_available()  # Apple's GPUs read a copy before it is whole (pytorch issue 189690)
     if cpu and precision == "fp16":
         raise ConfigError("precision", precision, "fp32 or bf16 on a CPU")
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)

@@ -231,7 +231,7 @@ class UViT(ModelMixin, ConfigMixin):
         tokens = [rearrange(self.time_embed(embedding), "b d -> b 1 d")]
         if self.label_emb is not None:
             tokens.insert(0, rearrange(self.label_emb(class_labels), "b d -> b 1 d"))
-        patches = rearrange(self.patch_embed["proj"](sample), "b d h w -> b (h w) d")
+        patches = rearrange(self.patch_embed["proj"](sample.to(self.pos_embed.dtype)), "b d h w -> b (h w) d")
         x = torch.cat([*tokens, patches], dim=1) + self.pos_embed
         # Under bf16 the residuals are bf16 too: half the bytes, float32's range, and the same losses to 1e-4.
         device = x.device.type
@@ -264,29 +264,29 @@ class UViT(ModelMixin, ConfigMixin):
         try:  # weights may come from anyone: nothing in the file is executed
             is_safe = Path(path).suffix == ".safetensors"
             weights = load_file(path) if is_safe else torch.load(path, "cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"{path}: can't be read as plain weights ({type(error).__name__})") from error
-        if missing := {"pos_embed", "patch_embed.proj.weight", "final_layer.weight"} - weights.keys():
-            what = "an official pixel-space U-ViT with its final 3x3 convolution"
-            raise UserError(f"{path}: not {what} ({', '.join(sorted(missing))} missing)")
-        embed_dim, in_channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
-        has_label = "label_emb.weight" in weights
-        num_patches = weights["pos_embed"].shape[1] - 1 - has_label
-        model = cls(
-            sample_size=math.isqrt(num_patches) * patch_size,
-            patch_size=patch_size,
-            in_channels=in_channels,
-            embed_dim=embed_dim,
-            depth=2 * len({key.split(".")[1] for key in weights if key.startswith("in_blocks.")}),
-            num_heads=num_heads or max(1, embed_dim // 64),
-            mlp_ratio=weights["mid_block.mlp.fc1.weight"].shape[0] / embed_dim,
-            qkv_bias="mid_block.attn.qkv.bias" in weights,
-            mlp_time_embed="time_embed.0.weight" in weights,
-            num_classes=weights["label_emb.weight"].shape[0] if has_label else None,
-            null_label=null_label,
-        )
-        model.load_state_dict(weights)
-        model.register_to_config(trained_on_time="continuous 999t")
+            embed_dim, in_channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
+            has_label = "label_emb.weight" in weights
+            num_patches = weights["pos_embed"].shape[1] - 1 - has_label
+            model = cls(
+                sample_size=math.isqrt(num_patches) * patch_size,
+                patch_size=patch_size,
+                in_channels=in_channels,
+                embed_dim=embed_dim,
+                depth=2 * len({key.split(".")[1] for key in weights if key.startswith("in_blocks.")}),
+                num_heads=num_heads or max(1, embed_dim // 64),
+                mlp_ratio=weights["mid_block.mlp.fc1.weight"].shape[0] / embed_dim,
+                qkv_bias="mid_block.attn.qkv.bias" in weights,
+                mlp_time_embed="time_embed.0.weight" in weights,
+                num_classes=weights["label_emb.weight"].shape[0] if has_label else None,
+                null_label=null_label,
+            )
+            model.load_state_dict(weights)
+        except UserError:  # of num_heads or null_label
+            raise
+        except Exception as error:  # a file of something else fails in every way there is
+            what = "plain weights of an official pixel-space U-ViT with its final 3x3 convolution"
+            raise UserError(f"{path}: not the {what} ({type(error).__name__})") from error
+        model.register_to_config(_trained_on_time="continuous 999t")
         return model.eval()
 
 
