@@ -56,7 +56,9 @@ def main() -> None:
     )
     parser.add_argument("--batch_sizes", help="images a step; default: the config's; on a GPU 32,128,512")
     parser.add_argument(
-        "--num_timed", type=PositiveInt, default=30, help="steps timed, three times; the best counts"
+        "--num_timed",
+        type=PositiveInt,
+        help="steps timed at a stretch; default: 3, on a GPU 30; the best counts",
     )
     parser.add_argument("--json", help="also write all that was measured here")
     argv = sys.argv[1:]
@@ -68,6 +70,7 @@ def main() -> None:
     tasks = chosen("tasks", parsed.tasks, TASKS)
     units = chosen("units", parsed.units, ("reference", "none", *UNITS))
     own = "32,128,512" if cuda else str(settings.train.batch_size)
+    num_timed = parsed.num_timed or (30 if cuda else 3)
     sizes = [whole(size) for size in (parsed.batch_sizes or own).split(",")]
     if parsed.json is not None:
         check_place("--json", parsed.json, [".json"])
@@ -87,9 +90,7 @@ def main() -> None:
             continue
         torch.compiler.reset()
         about = {"task": task, "unit": unit, "batch_size": size, "num_gpus": accelerator.num_processes}
-        rows += [
-            about | row for row in MEASURES[task](settings, unit, size, images, accelerator, parsed.num_timed)
-        ]
+        rows += [about | row for row in MEASURES[task](settings, unit, size, images, accelerator, num_timed)]
     if accelerator.is_main_process:
         report(rows, peak, accelerator, parsed.json)
     accelerator.end_training()
@@ -329,10 +330,10 @@ def start(
 MEASURES: dict[str, Callable[..., list[Row]]] = {f.__name__: f for f in (train, sample, score, start)}
 
 
-def timed(work: Callable[[], Any], repeats: int = 3) -> float:
-    """The best of some, in seconds: what else runs on the machine only ever adds."""
+def timed(work: Callable[[], Any], repeats: int | None = None) -> float:
+    """The best of some, in seconds: what else runs on the machine only ever adds, on a CPU most."""
     seconds = []
-    for _ in range(repeats):
+    for _ in range(repeats or (3 if torch.cuda.is_available() else 15)):
         wait()
         started = time.perf_counter()
         work()
