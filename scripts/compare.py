@@ -8,7 +8,6 @@ compares units at two batch sizes over three seeds. The first axis is what is co
 baseline. The same command goes on where an earlier one stopped.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -31,6 +30,7 @@ import yaml
 from jsonargparse.typing import PositiveInt
 from report import write_page
 from tqdm import tqdm
+from train import claim
 
 from uvit_dia import config
 from uvit_dia.data import load_images
@@ -70,9 +70,9 @@ def main() -> int:
         return 0
     command = shlex.join(["python", *sys.argv])
     facts = {"command": command, "equal": parsed.equal, "hardware": hardware(), "runs_at_once": len(places)}
-    with alone(root) as lock:
-        write_grid(root, runs, facts)
-        return work(Grid(runs, places, lock.fileno()), root)
+    lock = claim(root)  # kept by runs that outlive this process
+    write_grid(root, runs, facts)
+    return work(Grid(runs, places, lock), root)
 
 
 def check(runs: list[Run]) -> None:
@@ -181,17 +181,6 @@ def slots(jobs: int) -> list[dict[str, str]]:
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     threads = str(max(1, (os.cpu_count() or 1) // (count * jobs)))
     return [{"CUDA_VISIBLE_DEVICES": name, "OMP_NUM_THREADS": threads} for name in names[:count] * jobs]
-
-
-def alone(root: Path) -> Any:
-    """The grid's lock, held while this process or a run of it lives; UserError where another one does."""
-    root.mkdir(parents=True, exist_ok=True)
-    lock = (root / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"output_dir: runs of {root} are at work already; wait, or stop them") from error
-    return lock
 
 
 def commands(one: Run) -> list[list[str]]:

@@ -75,7 +75,7 @@ def prepare(
         previewing = UViTPipeline(state.ema.ema_model, state.scheduler)
         previewing.check(sample.guidance_scale, sample.steps, sample.class_label)
     if accelerator.is_main_process:
-        claim(folder)
+        claim(folder.root, patience=10)  # data workers of a killed process end some seconds after it
         check_free(folder, source)  # somebody may have begun meanwhile
     try:
         resume(state, images, folder, source)
@@ -97,24 +97,27 @@ def check_free(folder: RunFolder, source: str | None) -> None:
         raise UserError(f"output_dir: {folder.root} holds a run; add --resume to go on, or name another")
 
 
-def claim(folder: RunFolder, patience: float = 10) -> None:
-    """Keep other trainings out of the folder until this process ends; UserError where one is at work there.
+def claim(root: Path, patience: float = 0) -> int:
+    """Lock a folder, made if need be, for this process and those that it passes the returned descriptor.
 
-    It waits a little, as the data workers of a process that was killed end some seconds later.
+    UserError where others hold it for longer than `patience` seconds.
     """
-    with writing(folder.root):
-        folder.root.mkdir(parents=True, exist_ok=True)
-        directory, end = os.open(folder.root, os.O_RDONLY), time.monotonic() + patience
-    while True:
-        try:
-            return fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                remedy = "wait for its end, or name another output_dir"
-                raise UserError(f"{folder.root}: another training is at work there; {remedy}") from None
-            time.sleep(0.5)
-        except OSError:  # a file system without locks
-            return None
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        folder, end = os.open(root, os.O_RDONLY), time.monotonic() + patience
+    with suppress(OSError):  # of a file system without locks
+        while True:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    os.close(folder)
+                    raise UserError(
+                        f"output_dir: runs of {root} are at work already; wait, or stop them"
+                    ) from None
+                time.sleep(0.5)
+    return folder
 
 
 def facts_of(images: ImageSet) -> dict[str, Any]:

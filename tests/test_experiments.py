@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import runpy
 import signal
 import sys
@@ -172,22 +173,25 @@ def test_each_gpu_that_this_process_sees_is_a_place(monkeypatch):
 
 
 def test_a_grid_at_work_is_left_alone(tmp_path):
-    with SCRIPT["alone"](tmp_path), pytest.raises(UserError, match="at work already"):
-        SCRIPT["alone"](tmp_path)
-    SCRIPT["alone"](tmp_path).close()
+    lock = SCRIPT["claim"](tmp_path)
+    with pytest.raises(UserError, match="at work already"):
+        SCRIPT["claim"](tmp_path)
+    os.close(lock)
+    os.close(SCRIPT["claim"](tmp_path))
 
 
 def test_runs_that_outlive_their_command_keep_the_grid_to_themselves(tmp_path):
     (run,) = make_runs(base(tmp_path), {"train.seed": [0]}, "steps")
     run.folder.root.mkdir()
-    with SCRIPT["alone"](tmp_path) as lock:
-        job = SCRIPT["Job"](run, {}, [["sleep", "60"]], lock.fileno())
-        job.next()
+    lock = SCRIPT["claim"](tmp_path)
+    job = SCRIPT["Job"](run, {}, [["sleep", "60"]], lock)
+    job.next()
+    os.close(lock)
     with pytest.raises(UserError, match="at work already"):
-        SCRIPT["alone"](tmp_path)
+        SCRIPT["claim"](tmp_path)
     job.process.kill()
     job.process.wait()
-    SCRIPT["alone"](tmp_path).close()
+    os.close(SCRIPT["claim"](tmp_path))
 
 
 def test_the_last_words_are_the_last_error_else_the_last_line(tmp_path):
@@ -210,13 +214,14 @@ def stopped(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("grids") / "tiny"
     runs = make_runs(base(root), {"train.learning_rate": [1e-3, 1e38]}, "steps")
     write_grid(root, runs, {"equal": "steps", "command": "", "hardware": ""})
-    with SCRIPT["alone"](root) as lock:
-        grid = SCRIPT["Grid"](runs[:1], SCRIPT["slots"](1), lock.fileno())
-        started = time.monotonic()
-        for _ in grid.go():
-            if runs[0].folder.metrics.is_file() and runs[0].folder.read_metrics():
-                grid.stop(signal.SIGTERM)
-            assert time.monotonic() < started + 120, runs[0].last_words()
+    lock = SCRIPT["claim"](root)
+    grid = SCRIPT["Grid"](runs[:1], SCRIPT["slots"](1), lock)
+    started = time.monotonic()
+    for _ in grid.go():
+        if runs[0].folder.metrics.is_file() and runs[0].folder.read_metrics():
+            grid.stop(signal.SIGTERM)
+        assert time.monotonic() < started + 120, runs[0].last_words()
+    os.close(lock)
     assert grid.stopped and not grid.failed and not grid.going
     assert "stopped by SIGTERM" in runs[0].last_words() and not runs[0].is_trained()
     return root

@@ -50,7 +50,7 @@ def test_two_trainings_never_share_a_folder(tmp_path):
     first = harness.start(folder, *ENDLESS)
     trains(folder, first)
     assert harness.run(folder, "--resume") == 2
-    assert f"error: {folder}: another training is at work there" in harness.said(folder)
+    assert f"error: output_dir: runs of {folder} are at work already" in harness.said(folder)
     os.kill(first.pid, signal.SIGTERM)
     assert harness.ended(first) == [128 + signal.SIGTERM]
     harness.metrics(folder)
