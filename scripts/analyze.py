@@ -16,6 +16,7 @@ from typing import Any
 import seaborn as sns
 import torch
 from accelerate import Accelerator
+from exit_codes import run
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -23,7 +24,6 @@ from tqdm import tqdm
 from uvit_dia.analysis import ANALYSES, EDGES, AnalyzeConfig, Numbers, Subject, variants
 from uvit_dia.config import Parser
 from uvit_dia.data import Batches
-from uvit_dia.errors import run
 from uvit_dia.trainer import TrainingDiverged, build, fit, make_accelerator
 
 

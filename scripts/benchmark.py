@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
+from exit_codes import run
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +34,7 @@ from uvit_dia.attention_units import UNITS, SharedUnit
 from uvit_dia.config import Config
 from uvit_dia.data import Batches, ImageSet, load_images, read_all
 from uvit_dia.diffusion import denoising_loss, make_scheduler
-from uvit_dia.errors import ConfigError, check_place, one_of, run
+from uvit_dia.errors import ConfigError, check_place, one_of
 from uvit_dia.evaluation import extract, load_extractor, versions
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.sampling import generate

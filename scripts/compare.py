@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from exit_codes import run
 from jsonargparse.typing import PositiveInt
 from report import write_page
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from train import claim
 
 from uvit_dia import config
 from uvit_dia.data import load_images
-from uvit_dia.errors import UserError, run
+from uvit_dia.errors import UserError
 from uvit_dia.experiments import Run, make_runs, write_grid
 from uvit_dia.trainer import check_divides, check_labels
 from uvit_dia.uvit import UViT

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from exit_codes import run
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -21,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from uvit_dia import checkpoint, config, posthoc
 from uvit_dia.checkpoint import BadCheckpoint, RunFolder
 from uvit_dia.data import FORMATS, SUFFIXES, DataConfig, ImageSet, load_images, test_images
-from uvit_dia.errors import UserError, check_place, run
+from uvit_dia.errors import UserError, check_place
 from uvit_dia.evaluation import (
     LABELS,
     EvaluateConfig,

@@ -15,13 +15,14 @@ import jinja2
 import markdown
 import pandas as pd
 import seaborn as sns
+from exit_codes import run
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from uvit_dia import evaluation
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.config import Parser
-from uvit_dia.errors import UserError, run
+from uvit_dia.errors import UserError
 from uvit_dia.experiments import read_grid
 from uvit_dia.report import SEED, outcomes, significance
 from uvit_dia.trainer import SpikeCounter

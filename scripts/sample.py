@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from exit_codes import run
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from uvit_dia import config
 from uvit_dia.checkpoint import RunFolder, writing
-from uvit_dia.errors import UserError, check_place, run
+from uvit_dia.errors import UserError, check_place
 from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline
 from uvit_dia.trainer import make_accelerator
 

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from exit_codes import run
 from torch.distributed import DistError, PrefixStore, TCPStore
 from tqdm import tqdm
 
 from uvit_dia import checkpoint, config, evaluation, posthoc, trainer
 from uvit_dia.checkpoint import RunFolder, aside, writing
 from uvit_dia.data import Batches, ImageSet, load_images, test_images
-from uvit_dia.errors import ConfigError, UserError, run
+from uvit_dia.errors import ConfigError, UserError
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.random_keys import Stream
 from uvit_dia.sampling import generate, grid

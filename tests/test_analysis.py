@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 from unittest import mock
 
+import exit_codes
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from analyze import brief_training, verdict
 from PIL import Image
 
 from uvit_dia import analysis as an
-from uvit_dia import checkpoint, config, errors, trainer
+from uvit_dia import checkpoint, config, trainer
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.data import Batches, load_images
 from uvit_dia.diffusion import denoising_loss
@@ -61,7 +62,7 @@ SCRIPT = runpy.run_path(str(ROOT / "scripts" / "analyze.py"))
 def analyze(*arguments: str) -> int:
     """The exit code of scripts/analyze.py, in this process."""
     with mock.patch.object(sys, "argv", ["analyze.py", *arguments]):
-        return errors.run(SCRIPT["main"])
+        return exit_codes.run(SCRIPT["main"])
 
 
 def too_fast(subject: an.Subject) -> an.Subject:

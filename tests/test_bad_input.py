@@ -15,11 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import exit_codes
 import pytest
 import torch
 from PIL import Image
 
-from uvit_dia import checkpoint, errors
+from uvit_dia import checkpoint
 from uvit_dia.checkpoint import BadCheckpoint
 from uvit_dia.errors import ConfigError, UserError, check_compiler, check_place
 from uvit_dia.sampling import load_pipeline
@@ -48,7 +49,7 @@ def call(script: str, *args: object) -> tuple[int, str]:
         patch.setattr(sys, "argv", [script, *map(str, args)])
         for hub in ("huggingface_hub.constants", "datasets.config"):
             patch.setattr(f"{hub}.HF_HUB_OFFLINE", True)
-        code = errors.run(SCRIPTS[script].main)
+        code = exit_codes.run(SCRIPTS[script].main)
     return code, err.getvalue()
 
 
@@ -370,7 +371,7 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(script, args, says, tm
 
 def test_there_are_as_many_cases_as_promised():
     assert len(CASES) >= 60 and {case.values[0] for case in CASES} == {
-        p.stem for p in (ROOT / "scripts").glob("*.py")
+        p.stem for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text()
     }
 
 
@@ -433,12 +434,12 @@ def test_a_place_is_refused_only_if_nothing_can_be_written_there(tmp_path, monke
 
 
 def test_a_file_system_that_refuses_is_one_line_and_a_bug_is_a_traceback(tmp_path, capsys):
-    assert errors.run(lambda: (tmp_path / "x" / "y").write_text("")) == 2
+    assert exit_codes.run(lambda: (tmp_path / "x" / "y").write_text("")) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/x/y: No such file or directory")
-    assert errors.run(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))) == 2
+    assert exit_codes.run(lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))) == 2
     assert capsys.readouterr().err.startswith("error: a file: No space left; mend that")
     with pytest.raises(OSError, match="nothing of files"):
-        errors.run(lambda: (_ for _ in ()).throw(OSError("nothing of files")))
+        exit_codes.run(lambda: (_ for _ in ()).throw(OSError("nothing of files")))
 
 
 def out_of_memory() -> None:
@@ -453,7 +454,7 @@ def test_a_full_gpu_is_one_line_of_what_to_lower_from_the_process_that_has_it(
     local_rank, capsys, monkeypatch
 ):
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    assert errors.run(out_of_memory) == 2
+    assert exit_codes.run(out_of_memory) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: CUDA out of memory. Tried to allocate ") and len(err.splitlines()) == 1
     assert "lower train.batch_size or raise train.num_accumulation_steps" in err

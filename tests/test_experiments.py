@@ -11,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import exit_codes
 import pytest
 import torch
 
-from uvit_dia import config, errors
+from uvit_dia import config
 from uvit_dia.errors import UserError
 from uvit_dia.experiments import make_runs, read_grid, write_grid
 
@@ -45,7 +46,7 @@ def compare(*argv: object) -> tuple[int, str, str]:
     ):
         patch.setattr(sys, "argv", ["compare.py", *TINY, *map(str, argv)])
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        code = errors.run(SCRIPT["main"])
+        code = exit_codes.run(SCRIPT["main"])
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()

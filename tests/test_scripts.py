@@ -12,13 +12,12 @@ import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
+import exit_codes
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-from uvit_dia import errors
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -62,7 +61,7 @@ def call(script: str, *args: object) -> tuple[int, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(err):
         patch.setattr(sys, "argv", [script, *map(str, args)])
         patch.setenv("HF_HUB_OFFLINE", "1")
-        code = errors.run(module.main)
+        code = exit_codes.run(module.main)
     return code, err.getvalue()
 
 

@@ -1,16 +1,13 @@
-"""What people can mend: one line that says what, where and what to do, and exit code 2."""
+"""What people can mend: one line that says what, where and what to do, and an exit code."""
 
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
-
-from torch import OutOfMemoryError
 
 
 class UserError(Exception):
@@ -67,23 +64,3 @@ def nearest(name: str, known: list[str]) -> str:
 def one_of(name: str, known: list[str]) -> str:
     """What was expected where a name is not known."""
     return f"one of {', '.join(known)}{nearest(name, known)}"
-
-
-def run(main: Callable[[], int | None]) -> int:
-    """The exit code of `main`; a UserError has its own, and the first process of each machine prints it."""
-    prints, code = os.environ.get("LOCAL_RANK", "0") == "0", 2
-    try:
-        return main() or 0
-    except UserError as error:
-        line, code = str(error), error.exit_code
-    except OutOfMemoryError as error:
-        why, prints = str(error).partition(". GPU ")[0], True  # the GPU of one process alone may be full
-        training = "train.batch_size or raise train.num_accumulation_steps"
-        line = f"{why}; lower {training} (sampling: sample.batch_size, scoring: evaluate.batch_size)"
-    except OSError as error:  # of files: no permission, a full disk, a folder where a file should be
-        if error.filename is None and error.errno not in (ENOSPC, EDQUOT, EFBIG):
-            raise
-        line = f"{error.filename or 'a file'}: {error.strerror}; mend that, or name another place"
-    if prints:
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
-    return code
