@@ -23,9 +23,13 @@ from uvit_dia import evaluation
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.config import Parser
 from uvit_dia.errors import UserError
-from uvit_dia.experiments import read_grid
-from uvit_dia.report import SEED, outcomes, significance
+from uvit_dia.experiments import Run, read_grid
+from uvit_dia.report import significance
 from uvit_dia.trainer import SpikeCounter
+
+SEED = "train.seed"  # runs that differ in it alone are repeats of one another, and make a cell
+LOGGED = "step images loss grad_norm lr spikes images_per_second memory_gib".split()
+OF_A_RUN = dict.fromkeys(LOGGED, "last") | {"images_per_second": "median"}  # as starting is slow
 
 
 def main() -> None:
@@ -100,6 +104,24 @@ def grid_context(root: Path) -> dict[str, Any]:
         "pictures": {key: save(root, key, scores(frame, key, "".join(heads[1:2]))) for key in metrics},
         "tests": {key: significance(cells, key) for key in metrics},
     }  # fmt: skip
+
+
+def outcomes(runs: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row a run: how it ended, its labels, scores and logged numbers; and a row a record of every run.
+
+    `series`: the label on the first axis (and on a third); `x`: on the second.
+    """
+    rows = []
+    for one in runs:
+        card, labels = one.card(), [label for axis, label in one.labels.items() if axis != SEED] or ["all"]
+        row = {"run": one.name, "state": "scored" if card else one.last_words(), **one.labels}
+        row |= {"series": " ".join(labels[:1] + labels[2:]), "x": "".join(labels[1:2])}
+        row |= {"seed": one.labels.get(SEED, ""), "card": one.card_path.name}
+        rows.append(row | {"broken": int("not finite" in row["state"])} | (card["metrics"] if card else {}))
+    records = [{"run": one.name} | record for one in runs for record in one.folder.read_metrics()]
+    lines = pd.DataFrame(records, columns=["run", *LOGGED])
+    frame = pd.DataFrame(rows).set_index("run").join(lines.groupby("run").agg(OF_A_RUN))
+    return frame, lines.join(frame[["series", "x"]], on="run")
 
 
 def scores(frame: pd.DataFrame, metric: str, x_name: str) -> Figure:
