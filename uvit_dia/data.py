@@ -54,10 +54,7 @@ class DataConfig:
 
 @dataclass(eq=False)
 class ImageSet(Dataset):
-    """`images[i]` is (uint8 (C, H, W), int label); UserError names a file or row that is no image.
-
-    Files are read when their pixels are needed: one that goes while training streams is such an error too.
-    """
+    """`images[i]` is (uint8 (C, H, W), int label), read when asked; UserError names one that is no image."""
 
     name: str  # for people: "digits/train"
     rows: Any  # rows[indices] gives as many arrays of pixels, encoded files, paths or the Hub's cells
@@ -306,10 +303,7 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class Batches:
-    """Endless batches of which this process takes slice `rank` of `world`; no step waits for the device.
-
-    What a step holds depends on the seed and its number alone: not on resuming, processes, workers or memory.
-    """
+    """Endless batches of which this process takes slice `rank` of `world`; no step waits for the device."""
 
     images: ImageSet
     config: DataConfig

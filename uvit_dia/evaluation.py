@@ -250,10 +250,7 @@ class Scorer:
         return features, about
 
     def score_pipeline(self, pipeline: UViTPipeline, sample: SampleConfig, about: Facts) -> Facts | None:
-        """Draw config.num_images a seed: the card on the main process, None on the others.
-
-        about: where the pipeline comes from, for the card's provenance: step, ema_decay, ...
-        """
+        """Draw config.num_images a seed: the card with facts `about` the weights; None on other processes."""
         sample = replace(sample, num_images=self.config.num_images)
         share = dict(rank=self.accelerator.process_index, world=self.accelerator.num_processes)
         seeds = range(sample.seed, sample.seed + self.config.num_seeds)

@@ -14,10 +14,7 @@ from uvit_dia.uvit import UViT
 
 
 class UViTPipeline(DiffusionPipeline):
-    """Denoise images with a U-ViT. `make_sampler("ddim", pipeline.scheduler)` is another scheduler for it.
-
-    DDPMPipeline accepts the same folder when the model is unconditional.
-    """
+    """Denoise images with a U-ViT by any sampler (`make_sampler`); DDPMPipeline takes unconditional ones."""
 
     def __init__(self, unet: UViT, scheduler: SchedulerMixin) -> None:
         super().__init__()

@@ -76,7 +76,7 @@ class TrainConfig:
 
 
 class TrainingDiverged(UserError):
-    """Numbers that are not finite ended the run; the last checkpoint is good."""
+    """Numbers that are not finite ended the run: names step and module; the last checkpoint is good."""
 
     exit_code = 3
 
@@ -265,10 +265,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def fit(state: TrainState, batches: Batches) -> Iterator[Record]:
-    """Train from state.step to num_steps, or until state.stop_requested; yields after each optimizer step.
-
-    TrainingDiverged names the step and the first bad module once the host has read of such a number.
-    """
+    """Train up to num_steps or state.stop_requested, yielding each step; TrainingDiverged if not finite."""
     config, alone, stop = state.config, state.accelerator.num_processes == 1, False
     stream = batches.from_step(state.step)
     state.network.train()
@@ -324,10 +321,7 @@ def update(state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 class GraphedUpdate:
-    """`update` as one CUDA graph: at small batches launching a step takes longer than running it.
-
-    The first calls run eagerly, which compiles, allocates and gives the average its constant decay.
-    """
+    """`update` as one CUDA graph: at small batches launching a step takes longer than running it."""
 
     def __init__(self, num_eager: int = 3) -> None:
         self.left, self.graph = num_eager, torch.cuda.CUDAGraph()
@@ -335,7 +329,7 @@ class GraphedUpdate:
         self.outputs: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.left:
+        if self.left:  # eagerly, which compiles, allocates and gives the average its constant decay
             self.left -= 1
             return update(state, *inputs)
         given = [x for x in inputs if x is not None]
