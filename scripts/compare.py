@@ -11,6 +11,7 @@ baseline. The same command goes on where an earlier one stopped.
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from train import claim
 from uvit_dia import config
 from uvit_dia.data import load_images
 from uvit_dia.errors import UserError
-from uvit_dia.experiments import Run, make_runs, write_grid
+from uvit_dia.experiments import Run
 from uvit_dia.trainer import check_divides, check_labels
 from uvit_dia.uvit import UViT
 
@@ -74,6 +75,59 @@ def main() -> int:
     lock = claim(root)  # kept by runs that outlive this process
     write_grid(root, runs, facts)
     return work(Grid(runs, places, lock), root)
+
+
+def label(value: Any) -> str:
+    """A value as people read it: none, 32, `dia_lstm gate_scale=4`."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={label(item)}".removeprefix("kind=") for key, item in value.items())
+    return "none" if value is None else str(value)
+
+
+def make_runs(
+    base: config.Config, axes: dict[str, list[Any]], equal: Literal["steps", "images"]
+) -> list[Run]:
+    """Every combination, the last axis fastest, in folders of base.output_dir; UserError where one can't be.
+
+    A value of model.unit replaces the base's whole, and may be `none` or a kind's bare name; mappings
+    elsewhere merge. `equal` images: all that counts steps is scaled, so that all see as many images.
+    """
+    parser, runs = config.run_parser(""), {}
+    if odd := [key for key in axes if key.split(".")[0] not in ("model", *config.SECTIONS)]:
+        raise UserError(f"axis {odd[0]}: no config field, such as train.batch_size or model.unit")
+    if "model.unit" in axes:
+        base = replace(base, model=base.model | {"unit": None})
+    for values in product(*axes.values()):
+        settings, changes = config.plain(asdict(base)), config.plain(dict(zip(axes, values, strict=True)))
+        if isinstance(unit := changes.get("model.unit"), str):
+            changes["model.unit"] = None if unit == "none" else {"kind": unit}
+        labels = {key: label(value) for key, value in changes.items()}
+        parts = (f"{key.split('.')[-1]}-{text}" for key, text in labels.items())
+        name = re.sub(r"[^\w.]+", "-", "_".join(parts))
+        if name in runs:
+            raise UserError(f"two runs of the grid have one name, {name}; does an axis have a value twice?")
+        settings["output_dir"] = str(Path(base.output_dir) / name)
+        made = config.to_config(parser, parser.parse_object(changes, parser.parse_object(settings)))
+        by = base.train.batch_size / made.train.batch_size if equal == "images" else 1
+        made = replace(made, train=scaled(made.train, by), evaluate=scaled(made.evaluate, by))
+        runs[name] = Run(name, labels, made)
+    return list(runs.values())
+
+
+def scaled(settings: Any, factor: float) -> Any:
+    """The settings with all that counts steps multiplied, to the nearest step."""
+    counts_steps = re.compile(r"num_steps|warmup_steps|(\w+_)?every").fullmatch
+    counts = {key: n for key, n in vars(settings).items() if counts_steps(key) and n}
+    return replace(settings, **{key: max(1, round(n * factor)) for key, n in counts.items()})
+
+
+def write_grid(root: Path, runs: list[Run], facts: dict[str, Any]) -> None:
+    """Write each run's cell.yaml, the config that it is to have, and grid.yaml: the facts and the runs."""
+    made_with = config.provenance()
+    for one in runs:
+        config.save(one.config, one.folder.root / "cell.yaml", made_with)
+    whole = facts | made_with | {"runs": {one.name: one.labels for one in runs}}
+    (root / "grid.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
 
 
 def check(runs: list[Run]) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import exit_codes
 import pytest
 import torch
+from compare import make_runs, write_grid
 
 from uvit_dia import config
 from uvit_dia.errors import UserError
-from uvit_dia.experiments import make_runs, read_grid, write_grid
+from uvit_dia.experiments import read_grid
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "compare.py"))

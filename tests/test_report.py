@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from compare import make_runs, write_grid
 from PIL import Image
 from report import write_page
 from scipy.stats import t as student
@@ -19,7 +20,7 @@ from scipy.stats import t as student
 from uvit_dia import config
 from uvit_dia.errors import UserError
 from uvit_dia.evaluation import make_card, write_card
-from uvit_dia.experiments import Run, make_runs, read_grid, write_grid
+from uvit_dia.experiments import Run, read_grid
 from uvit_dia.report import holm, significance
 
 ROOT = Path(__file__).parents[1]
