@@ -87,7 +87,7 @@ def prepare(
     with writing(folder.root):
         if accelerator.is_main_process:
             config.save(settings, folder.config, config.provenance())
-            folder.trim_metrics(state.step)
+            trim_metrics(folder, state.step)
         named = {"wandb": {"name": folder.root.resolve().name, "config": asdict(settings)}}
         accelerator.init_trackers("uvit_dia", init_kwargs=named)
     return state, batches
@@ -265,6 +265,13 @@ def log(state: trainer.TrainState, folder: RunFolder, metrics: dict[str, float])
             file.write(json.dumps(metrics) + "\n")
     with writing(folder.root):  # tensorboard's files
         state.accelerator.log(metrics, step=int(metrics["step"]))
+
+
+def trim_metrics(folder: RunFolder, step: int) -> None:
+    """Drop what was logged after `step`, so that going on from there doubles no line."""
+    lines = [json.dumps(record) + "\n" for record in folder.read_metrics() if record["step"] <= step]
+    with aside(folder.metrics) as partial:
+        partial.write_text("".join(lines))
 
 
 def save(state: trainer.TrainState, images: ImageSet, folder: RunFolder) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from train import trim_metrics
 
 from uvit_dia.checkpoint import BadCheckpoint, RunFolder, aside, folders, read, save
 from uvit_dia.errors import UserError
@@ -95,7 +96,7 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
 def test_metrics_are_cut_where_a_run_goes_on_and_a_torn_line_is_dropped(tmp_path):
     run = RunFolder(tmp_path)
     run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    run.trim_metrics(2)
+    trim_metrics(run, 2)
     assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

@@ -155,9 +155,3 @@ class RunFolder:
             with suppress(ValueError):
                 records.append(json.loads(line))
         return records
-
-    def trim_metrics(self, step: int) -> None:
-        """Drop what was logged after `step`, so that going on from there doubles no line."""
-        lines = [json.dumps(record) + "\n" for record in self.read_metrics() if record["step"] <= step]
-        with aside(self.metrics) as partial:
-            partial.write_text("".join(lines))

@@ -10,6 +10,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+from train import trim_metrics
 
 from uvit_dia.checkpoint import RunFolder, export, folders, read, save
 from uvit_dia.diffusion import DiffusionConfig, make_scheduler
@@ -43,7 +44,7 @@ def write_all(run: RunFolder, step: int) -> None:
     model = UViT(sample_size=8, patch_size=4, in_channels=1, embed_dim=8, depth=2, num_heads=1)
     save(run.checkpoints, step, {"model": model.state_dict(), "ema": {}}, {}, keep=1)
     export(UViTPipeline(model, make_scheduler(DiffusionConfig())), run.pipeline, {"step": step})
-    run.trim_metrics(1)
+    trim_metrics(run, 1)
 
 
 def crash_at_each_call(root: Path) -> None:
