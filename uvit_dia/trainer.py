@@ -166,10 +166,9 @@ class TrainState:
             ema.step.fill_(info["ema_step"])
             ema.initted.fill_(info["ema_step"] > 0)
         self.optimizer.state.clear()
-        parameters = dict(self.model.named_parameters())
         for key, value in tensors["optimizer"].items():
             name, kind = key.rsplit("/", 1)
-            self.optimizer.state[parameters[name]][kind] = value.to(self.accelerator.device)
+            self.optimizer.state[self.model.get_parameter(name)][kind] = value.to(self.accelerator.device)
         if self.accelerator.scaler and info["scaler"]:
             self.accelerator.scaler.load_state_dict(info["scaler"])
         self.step, self.interval, self.spikes = info["step"], info["interval"], SpikeCounter(**info["spikes"])
