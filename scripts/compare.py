@@ -32,7 +32,7 @@ from exit_codes import run
 from jsonargparse.typing import PositiveInt
 from report import write_page
 from tqdm import tqdm
-from train import claim
+from train import claim, provenance
 
 from uvit_dia import config
 from uvit_dia.data import load_images
@@ -123,7 +123,7 @@ def scaled(settings: Any, factor: float) -> Any:
 
 def write_grid(root: Path, runs: list[Run], facts: dict[str, Any]) -> None:
     """Write each run's cell.yaml, the config that it is to have, and grid.yaml: the facts and the runs."""
-    made_with = config.provenance()
+    made_with = provenance()
     for one in runs:
         config.save(one.config, one.folder.root / "cell.yaml", made_with)
     whole = facts | made_with | {"runs": {one.name: one.labels for one in runs}}

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -86,11 +87,20 @@ def prepare(
         raise
     with writing(folder.root):
         if accelerator.is_main_process:
-            config.save(settings, folder.config, config.provenance())
+            config.save(settings, folder.config, provenance())
             trim_metrics(folder, state.step)
         named = {"wandb": {"name": folder.root.resolve().name, "config": asdict(settings)}}
         accelerator.init_trackers("uvit_dia", init_kwargs=named)
     return state, batches
+
+
+def provenance() -> dict[str, str]:
+    """Versions, and the commit where the code is a git checkout."""
+    describe, code = ["git", "describe", "--always", "--dirty", "--abbrev=40"], Path(config.__file__).parent
+    with suppress(OSError, subprocess.CalledProcessError):  # there is no git, or it is no checkout
+        git = subprocess.run(describe, cwd=code, capture_output=True, text=True, check=True)
+        return evaluation.versions() | {"commit": git.stdout.strip()}
+    return evaluation.versions()
 
 
 def check_free(folder: RunFolder, source: str | None) -> None:

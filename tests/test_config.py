@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from train import provenance
 
 from uvit_dia import config
 from uvit_dia.errors import UserError
@@ -57,14 +58,14 @@ def test_a_saved_config_reads_back_the_same(tmp_path):
     made = parse(
         "--config", CONFIGS / "digits.yaml", "--model.unit.reduction", "null", "--train.trackers", "[]"
     )
-    config.save(made, tmp_path / "config.yaml", config.provenance())
+    config.save(made, tmp_path / "config.yaml", provenance())
     assert config.load(tmp_path / "config.yaml") == made
     assert "# torch: " in (tmp_path / "config.yaml").read_text()
 
 
 def test_a_machine_without_git_knows_its_versions_alone(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert config.provenance() == versions()
+    assert provenance() == versions()
 
 
 @pytest.mark.parametrize(

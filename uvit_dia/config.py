@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from inspect import getsource, unwrap
 from pathlib import Path
@@ -17,7 +15,7 @@ from uvit_dia.checkpoint import aside
 from uvit_dia.data import DataConfig
 from uvit_dia.diffusion import DiffusionConfig
 from uvit_dia.errors import ConfigError, UserError, nearest, one_of
-from uvit_dia.evaluation import EvaluateConfig, versions
+from uvit_dia.evaluation import EvaluateConfig
 from uvit_dia.sampling import SampleConfig
 from uvit_dia.trainer import TrainConfig
 from uvit_dia.uvit import UViT
@@ -172,12 +170,3 @@ def load(path: Path, parser: Parser | None = None) -> Config:
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
     """A copy of settings that shares nothing, with lists for tuples."""
     return json.loads(json.dumps(settings))
-
-
-def provenance() -> dict[str, str]:
-    """Versions, and the commit where the code is a git checkout."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    with suppress(OSError, subprocess.CalledProcessError):  # there is no git, or it is no checkout
-        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-        return versions() | {"commit": git.stdout.strip()}
-    return versions()
