@@ -41,17 +41,14 @@ class SampleConfig:
 
 
 def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline, dict[str, Any]]:
-    """The pipeline of a run's folder, a pipeline's folder or a Hub id, and what its training.json says.
-
-    UserError where there is none. Weights are safetensors and no code of the source is run.
-    """
+    """The pipeline of a run's or pipeline's folder or a Hub id, and its training.json; UserError for none."""
     folders = (RunFolder(source).pipeline, Path(source))
     found = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
     if found is None and Path(source).exists():
         raise UserError(f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline")
     logging.disable_progress_bar()  # of two small files
     try:
-        pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)
+        pipeline = UViTPipeline.from_pretrained(found or source, use_safetensors=True)  # runs no code of it
         training = Path(found or source, "training.json")
         about = dict(json.loads(training.read_text())) if training.is_file() else {}
     except Exception as error:
