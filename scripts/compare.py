@@ -30,7 +30,7 @@ import torch
 import yaml
 from exit_codes import run
 from jsonargparse.typing import PositiveInt
-from report import write_page
+from report import last_words, write_page
 from tqdm import tqdm
 from train import claim, provenance
 
@@ -301,7 +301,7 @@ class Grid:
         if job.process.returncode == 0 and job.commands and not self.stopped:
             return job.next()
         if job.process.returncode != 0 and not self.stopped:
-            self.failed[job.run.name] = job.run.last_words()
+            self.failed[job.run.name] = last_words(job.run)
         self.going.remove(job)
         self.places.append(job.slot)
 

@@ -114,7 +114,7 @@ def outcomes(runs: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows = []
     for one in runs:
         card, labels = one.card(), [label for axis, label in one.labels.items() if axis != SEED] or ["all"]
-        row = {"run": one.name, "state": "scored" if card else one.last_words(), **one.labels}
+        row = {"run": one.name, "state": "scored" if card else last_words(one), **one.labels}
         row |= {"series": " ".join(labels[:1] + labels[2:]), "x": "".join(labels[1:2])}
         row |= {"seed": one.labels.get(SEED, ""), "card": one.card_path.name}
         rows.append(row | {"broken": int("not finite" in row["state"])} | (card["metrics"] if card else {}))
@@ -122,6 +122,14 @@ def outcomes(runs: list[Run]) -> tuple[pd.DataFrame, pd.DataFrame]:
     lines = pd.DataFrame(records, columns=["run", *LOGGED])
     frame = pd.DataFrame(rows).set_index("run").join(lines.groupby("run").agg(OF_A_RUN))
     return frame, lines.join(frame[["series", "x"]], on="run")
+
+
+def last_words(one: Run) -> str:
+    """What the log of its processes, which compare.py keeps, says of how it ended: the error or last line."""
+    log = one.folder.root / "log.txt"
+    text = log.read_text(errors="replace").strip() if log.is_file() else ""
+    errors = re.findall(r"\w*error: .+", text, re.IGNORECASE)  # a progress bar may stand before it
+    return (errors or text.splitlines() or ["not started"])[-1]
 
 
 def scores(frame: pd.DataFrame, metric: str, x_name: str) -> Figure:

@@ -15,6 +15,7 @@ import exit_codes
 import pytest
 import torch
 from compare import make_runs, write_grid
+from report import last_words
 
 from uvit_dia import config
 from uvit_dia.errors import UserError
@@ -198,7 +199,7 @@ def test_runs_that_outlive_their_command_keep_the_grid_to_themselves(tmp_path):
 
 def test_the_last_words_are_the_last_error_else_the_last_line(tmp_path):
     (run,) = make_runs(base(tmp_path), {"train.seed": [0]}, "steps")
-    assert run.last_words() == "not started"
+    assert last_words(run) == "not started"
     run.folder.root.mkdir()
     log = run.folder.root / "log.txt"
     for text, words in {
@@ -207,7 +208,7 @@ def test_the_last_words_are_the_last_error_else_the_last_line(tmp_path):
         " 3%| ConfigError: x\nerror: y\n 4%|": "error: y",
     }.items():
         log.write_text(text)
-        assert run.last_words() == words
+        assert last_words(run) == words
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +223,10 @@ def stopped(tmp_path_factory) -> Path:
     for _ in grid.go():
         if runs[0].folder.metrics.is_file() and runs[0].folder.read_metrics():
             grid.stop(signal.SIGTERM)
-        assert time.monotonic() < started + 120, runs[0].last_words()
+        assert time.monotonic() < started + 120, last_words(runs[0])
     os.close(lock)
     assert grid.stopped and not grid.failed and not grid.going
-    assert "stopped by SIGTERM" in runs[0].last_words() and not runs[0].is_trained()
+    assert "stopped by SIGTERM" in last_words(runs[0]) and not runs[0].is_trained()
     return root
 
 

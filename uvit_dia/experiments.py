@@ -1,7 +1,6 @@
 """Grids of runs that scripts/compare.py plans, trains and scores: what is in their folders."""
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,6 @@ class Run:
         card, wanted = json.loads(self.card_path.read_text()), self.config.evaluate
         found = (card["num_generated"], card["extractor"]["name"])
         return card if found == (wanted.num_images, wanted.extractor) else None
-
-    def last_words(self) -> str:
-        """What the log of its processes says of how it ended: the error, else the last line."""
-        log = self.folder.root / "log.txt"
-        text = log.read_text(errors="replace").strip() if log.is_file() else ""
-        errors = re.findall(r"\w*error: .+", text, re.IGNORECASE)  # a progress bar may stand before it
-        return (errors or text.splitlines() or ["not started"])[-1]
 
 
 def read_grid(root: Path) -> tuple[dict[str, Any], list[Run]]:
