@@ -303,7 +303,10 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class Batches:
-    """Endless batches of which this process takes slice `rank` of `world`; no step waits for the device."""
+    """Endless batches of which this process takes slice `rank` of `world`; no step waits for the device.
+
+    What a step holds depends on the seed and its number alone: not on resuming, processes, workers or memory.
+    """
 
     images: ImageSet
     config: DataConfig

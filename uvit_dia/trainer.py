@@ -76,7 +76,7 @@ class TrainConfig:
 
 
 class TrainingDiverged(UserError):
-    """Numbers that are not finite ended the run: names step and module; the last checkpoint is good."""
+    """Numbers that are not finite ended the run; the last checkpoint is good."""
 
     exit_code = 3
 
@@ -264,7 +264,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def fit(state: TrainState, batches: Batches) -> Iterator[Record]:
-    """Train up to num_steps or state.stop_requested, yielding each step; TrainingDiverged if not finite."""
+    """Train from state.step to num_steps, or until state.stop_requested; yields after each optimizer step.
+
+    TrainingDiverged names the step and the first bad module once the host has read of such a number.
+    """
     config, alone, stop = state.config, state.accelerator.num_processes == 1, False
     stream = batches.from_step(state.step)
     state.network.train()
