@@ -1,8 +1,13 @@
 """What tests of several modules need."""
 
+import os
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+
+if not torch.cuda.is_available():  # read when Triton is first imported: its kernels run step by step then
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
