@@ -92,8 +92,11 @@ def main() -> None:
         torch.compiler.reset()
         about = {"task": task, "unit": unit, "batch_size": size, "num_gpus": accelerator.num_processes}
         rows += [about | row for row in MEASURES[task](settings, unit, size, images, accelerator, num_timed)]
+        if accelerator.is_main_process:
+            compare(rows, peak)
+            save(rows, peak, parsed.json)
     if accelerator.is_main_process:
-        report(rows, peak, accelerator, parsed.json)
+        show(rows, peak)
     accelerator.end_training()
 
 
@@ -110,8 +113,8 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def report(rows: list[Row], peak: float, accelerator: Accelerator, path: str | None) -> None:
-    """Add ratios and utilisation, print the table, write the JSON."""
+def compare(rows: list[Row], peak: float) -> None:
+    """Add ratios and utilisation."""
     for row in rows:
         like = {
             other["unit"]: other for other in rows if all(other[k] == row[k] for k in ("task", "batch_size"))
@@ -125,14 +128,27 @@ def report(rows: list[Row], peak: float, accelerator: Accelerator, path: str | N
                 row[f"{cost}_to_none"] = round(row[cost] / like["none"][cost], 3)
         if row["task"] == "train":  # a backward pass is two forward passes
             row["mfu"] = round(3 * row["mflops_per_image"] * 1e6 * row["images_per_second"] / peak, 3)
-    device = accelerator.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
-    about = {"hardware": hardware, "num_cores": os.cpu_count(), "measured_peak_tflops": round(peak / 1e12, 2)}
+
+
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+
+
+def save(rows: list[Row], peak: float, path: str | None) -> None:
+    """Write what was measured so far, after every case: a later one may fail, or be stopped."""
+    about = {
+        "hardware": hardware(),
+        "num_cores": os.cpu_count(),
+        "measured_peak_tflops": round(peak / 1e12, 2),
+    }
     about |= {"versions": versions(), "command": " ".join(["python", *sys.argv])}
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    print(f"{hardware}; torch {torch.__version__}; peak {about['measured_peak_tflops']} TFLOP/s, measured")
+
+
+def show(rows: list[Row], peak: float) -> None:
+    print(f"{hardware()}; torch {torch.__version__}; peak {peak / 1e12:.2f} TFLOP/s, measured")
     names = [name for name in SHOWN if any(name in row for row in rows)]
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for row in rows:
