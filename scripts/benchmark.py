@@ -172,6 +172,9 @@ def train(
     share = (accelerator.process_index, accelerator.num_processes)
     batches = Batches(images, settings.data, size, wanted.seed, accelerator.device, *share)
     kind = None if unit in ("none", "reference") else {"kind": unit}
+    cuda = accelerator.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # before a CUDA graph takes its memory, which no later step does
     started = time.perf_counter()
     if unit == "reference":
         model = reference_model(settings.model)
@@ -182,9 +185,6 @@ def train(
     list(islice(steps, 6))  # compiles, and on a GPU records the step
     wait()
     start_up = time.perf_counter() - started
-    cuda = accelerator.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: list(islice(steps, num))) / num
     row = {
         "images_per_second": round(size / seconds, 1),
