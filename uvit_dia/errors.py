@@ -35,7 +35,7 @@ def check_fields(section: str, settings: Any, **least: float) -> None:
 
 
 def check_place(option: str, path: str, suffixes: Iterable[str] = ()) -> None:
-    """ConfigError unless a folder, or with suffixes such a file, can be written at `path`: ask before."""
+    """ConfigError, before long work, unless a folder (with suffixes: a file) can be written at `path`."""
     place, names = Path(path), sorted(suffixes)
     if names and place.suffix.lower() not in names:
         raise ConfigError(option, path, f"a file name that ends in {' or '.join(names)}")

@@ -44,7 +44,7 @@ class Run:
 
 
 def read_grid(root: Path) -> tuple[dict[str, Any], list[Run]]:
-    """The facts of grid.yaml and the runs, of which each cell.yaml has the config, wherever the folder is."""
+    """The facts of grid.yaml, and its runs, each with the config of its cell.yaml, wherever the folder is."""
     facts, parser = yaml.safe_load((root / "grid.yaml").read_text()), run_parser("")
     configs = {name: load(root / name / "cell.yaml", parser) for name in facts["runs"]}
     moved = {name: replace(config, output_dir=str(root / name)) for name, config in configs.items()}

@@ -1,8 +1,8 @@
 """Attention of 2^n patches and the few tokens before them, in Triton, for compiled networks on GPUs.
 
-Time and labels make 257 tokens of 256 patches, and general kernels spend a tile of 64 or 128 on each one
-over. Here patches fill their tiles and the tokens before them have a narrow one. The equations are flash
-attention's (Dao 2023, arXiv 2307.08691, sec. 2.3): S = Q K^T / sqrt(D), P = exp(S - lse), O = P V,
+Time and label make 257 or 258 tokens of 256 patches, and general kernels spend a tile of 64 or 128 on the
+one or two over. Here patches fill their tiles and the tokens before them have a narrow one. The equations are
+flash attention's (Dao 2023, arXiv 2307.08691, sec. 2.3): S = Q K^T / sqrt(D), P = exp(S - lse), O = P V,
 dV = P^T dO, delta = sum(dO O), dS = P (dO V^T - delta), dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D).
 """
 
@@ -37,48 +37,50 @@ def at(base, first, row, n: tl.constexpr):
 
 @triton.jit
 def forward_kernel(qkv, out, lse, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr):
-    packed, plain, line, first, end = start(H, E, N)
-    q, k, v, row = qkv + packed, H * D, 2 * H * D, 3 * H * D
+    """out (B, L, H D) and lse (B, H, L) of qkv (B, L, 3 H D)."""
+    in_qkv, in_out, in_lse, first, end = start(H, E, N)
+    q, to_k, to_v, row = qkv + in_qkv, H * D, 2 * H * D, 3 * H * D
     own, few, scale = first + tl.arange(0, TILE), (tl.arange(0, FEW) < E)[:, None], LOG2E / D**0.5
     mask = (own < end)[:, None]
     x = tl.load(at(q, first, row, TILE), mask, 0.0)
-    k0, v0 = tl.load(at(q + k, 0, row, FEW), few, 0.0), tl.load(at(q + v, 0, row, FEW), few, 0.0)
+    k0, v0 = tl.load(at(q + to_k, 0, row, FEW), few, 0.0), tl.load(at(q + to_v, 0, row, FEW), few, 0.0)
     s0 = tl.where(tl.trans(few), tl.dot(x, tl.trans(k0)), float("-inf")) * scale
     top = tl.max(s0, 1)
     p0 = tl.exp2(s0 - top[:, None])
     total, y = tl.sum(p0, 1), tl.dot(p0.to(x.dtype), v0)
     for j in range(E, E + N, STEP):  # softmax as it goes: `top` is the largest exponent so far
-        kj, vj = tl.load(at(q + k, j, row, STEP)), tl.load(at(q + v, j, row, STEP))
+        kj, vj = tl.load(at(q + to_k, j, row, STEP)), tl.load(at(q + to_v, j, row, STEP))
         s = tl.dot(x, tl.trans(kj))  # (TILE, STEP)
         new = tl.maximum(top, tl.max(s, 1) * scale)
         p, decay = tl.exp2(s * scale - new[:, None]), tl.exp2(top - new)
         total, top = total * decay + tl.sum(p, 1), new
         y = tl.dot(p.to(x.dtype), vj, y * decay[:, None])
-    tl.store(at(out + plain, first, H * D, TILE), (y / total[:, None]).to(x.dtype), mask)
-    tl.store(lse + line + own, top + tl.log2(total), own < end)
+    tl.store(at(out + in_out, first, H * D, TILE), (y / total[:, None]).to(x.dtype), mask)
+    tl.store(lse + in_lse + own, top + tl.log2(total), own < end)
 
 
 @triton.jit
 def queries_kernel(qkv, out, lse, grad, dqkv, delta, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr):
     """delta, and the gradient of the queries."""
-    packed, plain, line, first, end = start(H, E, N)
-    q, k, v, row = qkv + packed, H * D, 2 * H * D, 3 * H * D
+    in_qkv, in_out, in_lse, first, end = start(H, E, N)
+    q, to_k, to_v, row = qkv + in_qkv, H * D, 2 * H * D, 3 * H * D
     own, few, scale = first + tl.arange(0, TILE), (tl.arange(0, FEW) < E)[:, None], LOG2E / D**0.5
     mask = (own < end)[:, None]
     x = tl.load(at(q, first, row, TILE), mask, 0.0)
-    y = tl.load(at(out + plain, first, H * D, TILE), mask, 0.0)
-    dy = tl.load(at(grad + plain, first, H * D, TILE), mask, 0.0)
-    z = tl.load(lse + line + own, own < end, 0.0)[:, None]
+    y = tl.load(at(out + in_out, first, H * D, TILE), mask, 0.0)
+    dy = tl.load(at(grad + in_out, first, H * D, TILE), mask, 0.0)
+    z = tl.load(lse + in_lse + own, own < end, 0.0)[:, None]
     inner = tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1)
-    tl.store(delta + line + own, inner, own < end)
-    k0, v0 = tl.load(at(q + k, 0, row, FEW), few, 0.0), tl.load(at(q + v, 0, row, FEW), few, 0.0)
-    ds0 = tl.exp2(tl.dot(x, tl.trans(k0)) * scale - z) * (tl.dot(dy, tl.trans(v0)) - inner[:, None])
+    tl.store(delta + in_lse + own, inner, own < end)
+    k0, v0 = tl.load(at(q + to_k, 0, row, FEW), few, 0.0), tl.load(at(q + to_v, 0, row, FEW), few, 0.0)
+    s0 = tl.where(tl.trans(few), tl.dot(x, tl.trans(k0)), float("-inf")) * scale
+    ds0 = tl.exp2(s0 - z) * (tl.dot(dy, tl.trans(v0)) - inner[:, None])
     dx = tl.dot(ds0.to(x.dtype), k0)
     for j in range(E, E + N, STEP):
-        kj, vj = tl.load(at(q + k, j, row, STEP)), tl.load(at(q + v, j, row, STEP))
+        kj, vj = tl.load(at(q + to_k, j, row, STEP)), tl.load(at(q + to_v, j, row, STEP))
         ds = tl.exp2(tl.dot(x, tl.trans(kj)) * scale - z) * (tl.dot(dy, tl.trans(vj)) - inner[:, None])
         dx = tl.dot(ds.to(x.dtype), kj, dx)
-    tl.store(at(dqkv + packed, first, row, TILE), (dx / D**0.5).to(x.dtype), mask)
+    tl.store(at(dqkv + in_qkv, first, row, TILE), (dx / D**0.5).to(x.dtype), mask)
 
 
 @triton.jit
@@ -96,13 +98,13 @@ def add_queries(q, grad, lse, delta, first, end, k, v, dk, dv, H: tl.constexpr, 
 @triton.jit
 def keys_kernel(qkv, lse, grad, delta, dqkv, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr):
     """The gradients of the keys and values."""
-    packed, plain, line, first, end = start(H, E, N)
-    q, dk_at, row = qkv + packed, dqkv + packed + H * D, 3 * H * D
+    in_qkv, in_out, in_lse, first, end = start(H, E, N)
+    q, dk_at, row = qkv + in_qkv, dqkv + in_qkv + H * D, 3 * H * D
     mask = (first + tl.arange(0, TILE) < end)[:, None]
     k = tl.load(at(q + H * D, first, row, TILE), mask, 0.0)
     v = tl.load(at(q + 2 * H * D, first, row, TILE), mask, 0.0)
     dk, dv = tl.zeros((TILE, D), tl.float32), tl.zeros((TILE, D), tl.float32)
-    grad, lse, delta = grad + plain, lse + line, delta + line
+    grad, lse, delta = grad + in_out, lse + in_lse, delta + in_lse
     dk, dv = add_queries(q, grad, lse, delta, 0, E, k, v, dk, dv, H, FEW)
     for i in range(E, E + N, STEP):
         dk, dv = add_queries(q, grad, lse, delta, i, E + N, k, v, dk, dv, H, STEP)

@@ -14,7 +14,7 @@ from uvit_dia.uvit import UViT
 
 
 class UViTPipeline(DiffusionPipeline):
-    """Denoise images with a U-ViT by any sampler (`make_sampler`); DDPMPipeline takes unconditional ones."""
+    """Denoise images by any sampler (`make_sampler`). DDPMPipeline reads folders of unconditional models."""
 
     def __init__(self, unet: UViT, scheduler: SchedulerMixin) -> None:
         super().__init__()

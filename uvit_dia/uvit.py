@@ -61,8 +61,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
-        if torch.compiler.is_compiling() and self.has_kernels(qkv):
-            from uvit_dia.fused_attention import FusedAttention  # Triton is there where torch can use a GPU
+        if torch.compiler.is_dynamo_compiling() and self.has_kernels(qkv):
+            from uvit_dia.fused_attention import FusedAttention  # not every torch comes with Triton
 
             return self.proj(FusedAttention.apply(qkv, self.num_heads))
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
