@@ -119,10 +119,7 @@ def launch(kernel: Any, qkv: Tensor, *others: Tensor, num_heads: int) -> None:
 
 
 class FusedAttention(torch.autograd.Function):
-    """qkv (B, L, 3 H D) -> the attention's output (B, L, H D), before its projection.
-
-    L is 2^n patches, 64 or more, and 1 to 16 tokens before them; bfloat16 or float16, and contiguous.
-    """
+    """The heads' output (B, L, H D) of qkv (B, L, 3 H D), contiguous; L is 2^n, 64 or more, plus 1 to 16."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Tensor:

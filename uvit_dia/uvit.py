@@ -78,16 +78,16 @@ class Attention(nn.Module):
         return fits and is_half and torch.cuda.get_device_capability(qkv.device) == (9, 0)
 
 
-def normal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The standard normal's distribution function at x, and exp(-x²/2), which makes it cheap.
+# log2(1 - Phi(a)) by falling powers of a >= 0: 1 - Phi to a relative 6e-5 up to 5.5, and falling on beyond.
+TAIL = (-1.302623e-6, 5.265118e-5, -8.726065e-4, 0.00832637, -0.05367626, -0.4586686, -1.151198, -0.9999975)
 
-    Abramowitz and Stegun 7.1.26, within 1.5e-7: an exact erf keeps a GPU calculating longer than loading.
-    """
-    bell = torch.exp(-0.5 * x * x)
-    t = 1 / (1 + 0.3275911 * math.sqrt(0.5) * x.abs())
-    terms = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * bell * terms  # beyond |x|
-    return torch.where(x > 0, 1 - tail, tail), bell
+
+def tail(x: Tensor) -> Tensor:
+    """1 - Phi(|x|), Phi the standard normal's: an exact erf keeps a GPU calculating longer than loading."""
+    log2 = TAIL[0] * x.abs() + TAIL[1]
+    for factor in TAIL[2:]:
+        log2 = log2 * x.abs() + factor
+    return torch.exp2(log2)
 
 
 class CompiledGELU(torch.autograd.Function):
@@ -96,13 +96,14 @@ class CompiledGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return (x * normal(x.float())[0]).to(x.dtype)
+        wide = x.float()
+        return (torch.where(wide > 0, wide, 0.0) - wide.abs() * tail(wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        share, bell = normal(x.float())
-        return (grad * (share + x * bell / math.sqrt(2 * math.pi))).to(x.dtype)
+        x = ctx.saved_tensors[0].float()
+        bell = torch.exp2(-0.5 * math.log2(math.e) * x * x) / math.sqrt(2 * math.pi)
+        return (grad * (torch.where(x > 0, 1 - tail(x), tail(x)) + x * bell)).to(grad.dtype)
 
 
 class Mlp(nn.Module):
