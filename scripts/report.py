@@ -23,8 +23,7 @@ from uvit_dia import evaluation
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.config import Parser
 from uvit_dia.errors import UserError
-from uvit_dia.experiments import Run, read_grid
-from uvit_dia.report import significance
+from uvit_dia.experiments import Run, read_grid, significance
 from uvit_dia.trainer import SpikeCounter
 
 SEED = "train.seed"  # runs that differ in it alone are repeats of one another, and make a cell

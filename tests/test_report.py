@@ -20,8 +20,7 @@ from scipy.stats import t as student
 from uvit_dia import config
 from uvit_dia.errors import UserError
 from uvit_dia.evaluation import make_card, write_card
-from uvit_dia.experiments import Run, read_grid
-from uvit_dia.report import holm, significance
+from uvit_dia.experiments import Run, holm, read_grid, significance
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

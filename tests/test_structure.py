@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = """errors random_keys attention_units fused_attention uvit attach data diffusion pipeline checkpoint
-posthoc trainer sampling evaluation config experiments analysis report""".split()
+posthoc trainer sampling evaluation config experiments analysis""".split()
 
 
 def modules() -> dict[str, Path]:
