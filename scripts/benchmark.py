@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from uvit_dia import config
 from uvit_dia.attention_units import UNITS, SharedUnit
+from uvit_dia.checkpoint import aside
 from uvit_dia.config import Config
 from uvit_dia.data import Batches, ImageSet, load_images, read_all
 from uvit_dia.diffusion import denoising_loss, make_scheduler
@@ -143,8 +144,8 @@ def save(rows: list[Row], peak: float, path: str | None) -> None:
     }
     about |= {"versions": versions(), "command": " ".join(["python", *sys.argv])}
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        with aside(Path(path)) as partial:
+            partial.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 def show(rows: list[Row], peak: float) -> None:

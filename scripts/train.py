@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -142,7 +141,7 @@ def resume(state: trainer.TrainState, images: ImageSet, folder: RunFolder, sourc
     found = [None]
     if state.accelerator.is_main_process:
         with writing(folder.root):
-            mend(folder)
+            folder.mend()
         found = [folder.newest_good() if source == "newest" else source and Path(source)]
     if path := broadcast_object_list(found)[0]:
         tensors, info = checkpoint.read(path)
@@ -155,17 +154,6 @@ def resume(state: trainer.TrainState, images: ImageSet, folder: RunFolder, sourc
             remedy = "move it away, or name another output_dir"
             raise UserError(f"--resume {path}: {newest} is a later one; {remedy}")
         state.accelerator.print(f"going on from {path}, step {state.step}")
-
-
-def mend(folder: RunFolder) -> None:
-    """Undo or clear away what a crash left of `aside`. Nobody else may be writing in the folder."""
-    patterns = (".pipeline.*", ".metrics.*", ".config.*", "*/.step_*")
-    for left in [path for pattern in patterns for path in folder.root.glob(pattern)]:
-        place = left.with_name(left.stem[1:])
-        if left.suffix == ".old" and not place.exists():
-            left.rename(place)  # the crash came between the two renames
-        else:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from train import mend, trim_metrics
+from train import trim_metrics
 
 from uvit_dia.checkpoint import BadCheckpoint, RunFolder, aside, folders, read, save
 from uvit_dia.errors import UserError
@@ -155,6 +155,6 @@ def test_what_a_crash_left_of_a_swap_is_undone_or_finished(renamed, tmp_path):
     for name in (".pipeline.partial", ".pipeline.x1.partial", ".metrics.jsonl.x2.partial"):
         (tmp_path / name).mkdir()
     (tmp_path / ".mine.old").mkdir()
-    mend(run)
+    run.mend()
     assert run.newest_good() == newer and not old.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.old", "checkpoints"]

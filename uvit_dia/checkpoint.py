@@ -138,6 +138,15 @@ class RunFolder:
             raise BadCheckpoint(f"{bad[0][1]}, and no other is good; to start anew name another output_dir")
         return None
 
+    def mend(self) -> None:
+        """Undo or clear away what a crash left of `aside`. Nobody else may be writing in the folder."""
+        for pattern in (".pipeline.*", ".metrics.*", ".config.*", "*/.step_*"):
+            for left in list(self.root.glob(pattern)):
+                if left.suffix == ".old" and not (place := left.with_name(left.stem[1:])).exists():
+                    left.rename(place)  # the crash came between the two renames
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one torn by a crash is left out."""
         records = []

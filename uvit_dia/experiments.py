@@ -68,12 +68,10 @@ def significance(cells: dict[tuple[str, ...], pd.DataFrame], metric: str) -> lis
             with warnings.catch_warnings(action="ignore"):  # nan says it
                 p = {"paired": ttest_rel(ours, theirs).pvalue, "two_sample": ttest_ind(ours, theirs).pvalue}
             tests.append({"key": key, "n": len(ours), "difference": (ours - theirs).mean(), **p})
-    adjusted = holm([test["paired"] for test in tests])
-    return [test | {"holm": p} for test, p in zip(tests, adjusted, strict=True)]
+    return [test | {"holm": p} for test, p in zip(tests, holm([x["paired"] for x in tests]), strict=True)]
 
 
 def holm(p: list[float]) -> list[float]:
     """p-values adjusted for their number (Holm 1979); nan is no test, and stays."""
     made = pd.Series(p, dtype=float).dropna().sort_values()
-    adjusted = (made * pd.RangeIndex(len(made), 0, -1)).cummax().clip(upper=1)
-    return adjusted.reindex(range(len(p))).tolist()
+    return (made * pd.RangeIndex(len(made), 0, -1)).cummax().clip(upper=1).reindex(range(len(p))).tolist()

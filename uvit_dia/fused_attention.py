@@ -114,8 +114,8 @@ def keys_kernel(qkv, lse, grad, delta, dqkv, H: tl.constexpr, E: tl.constexpr, N
 
 def launch(kernel: Any, qkv: Tensor, *others: Tensor, num_heads: int) -> None:
     patches = 1 << (qkv.shape[1].bit_length() - 1)
-    grid = (len(qkv) * num_heads * (patches // TILE.value + 1),)
-    kernel[grid](qkv, *others, H=num_heads, E=qkv.shape[1] - patches, N=patches)
+    programs = len(qkv) * num_heads * (patches // TILE.value + 1)
+    kernel[(programs,)](qkv, *others, H=num_heads, E=qkv.shape[1] - patches, N=patches)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -127,13 +127,12 @@ class FusedAttention(torch.autograd.Function):
         lse = qkv.new_empty(len(qkv), num_heads, qkv.shape[1], dtype=torch.float32)
         launch(forward_kernel, qkv, out, lse, num_heads=num_heads)
         ctx.save_for_backward(qkv, out, lse)
-        ctx.num_heads = num_heads
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (qkv, out, lse), grad = ctx.saved_tensors, grad.contiguous()
         dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-        launch(queries_kernel, qkv, out, lse, grad, dqkv, delta, num_heads=ctx.num_heads)
-        launch(keys_kernel, qkv, lse, grad, delta, dqkv, num_heads=ctx.num_heads)
+        launch(queries_kernel, qkv, out, lse, grad, dqkv, delta, num_heads=lse.shape[1])
+        launch(keys_kernel, qkv, lse, grad, delta, dqkv, num_heads=lse.shape[1])
         return dqkv, None
