@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from inspect import getsource, unwrap
+from inspect import getsource
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,38 +84,33 @@ class Parser(ArgumentParser):
 
     def add_settings(self, settings: Any, section: str | None = None) -> None:
         """Options for a dataclass's fields or UViT's arguments, explained by the comments in the source."""
-        source = settings if section != "model" else unwrap(settings.__init__)
         self.add_class_arguments(settings, section, instantiate=section != "model")
-        comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)$", getsource(source), flags=re.MULTILINE))
-        prefix = f"{section}." if section else ""
-        for action in self._actions:
-            if comment := comments.get(action.dest.removeprefix(prefix)):
-                action.help = comment.replace("%", "%%") if action.dest.startswith(prefix) else action.help
+        for name, comment in re.findall(r"^ +(\w+): .*?  # (.*)$", getsource(settings), flags=re.MULTILINE):
+            option = f"--{section}.{name}" if section else f"--{name}"
+            if option in self._option_string_actions:
+                self._option_string_actions[option].help = comment.replace("%", "%%")
 
     def parse_object(self, cfg_obj: Any, *args: Any, **options: Any) -> Any:
         check_safe(cfg_obj)  # of an axis, which may stand in anyone's file
         return super().parse_object(cfg_obj, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(self.one_line(message))
-
-    def one_line(self, message: str) -> str:
         """jsonargparse's message, cut to the key, what is wrong, and the nearest key that there is."""
         if unit := re.search(r"UnitConfig.*?Errors:\s*- (.*?)\n\s*- Expected a ", message, re.DOTALL):
             if "required: kind" in unit[1]:
-                return f"model.unit.kind: missing; {one_of('', list(UNITS))}"
+                raise UserError(f"model.unit.kind: missing; {one_of('', list(UNITS))}")
             if "import path" in unit[1] or "class_path" in unit[1]:
-                return f"model.unit: expected {A_UNIT}"
-            return f"model.unit.{unit[1].removeprefix('model.unit.')}"  # cut by the parser of UnitConfig
+                raise UserError(f"model.unit: expected {A_UNIT}")
+            raise UserError(f"model.unit.{unit[1].removeprefix('model.unit.')}")  # cut by UnitConfig's parser
         if unknown := re.search(UNKNOWN, message):
             name = ".".join(filter(None, unknown.groups()))
             keys = [action.dest for action in self._actions if action.dest not in ("help", "print_config")]
-            return f"{name}: no such key{nearest(name, keys)}"
+            raise UserError(f"{name}: no such key{nearest(name, keys)}")
         for pattern in WRONG_VALUES:
             if wrong := re.search(pattern, message, re.DOTALL):
                 types = re.sub(r"<class '(.*?)'>|typing\.", r"\1", wrong[2]).replace("NoneType", "null")
-                return str(ConfigError(wrong[1], {"None": None}.get(wrong[3], wrong[3]), types))
-        return message
+                raise ConfigError(wrong[1], {"None": None}.get(wrong[3], wrong[3]), types)
+        raise UserError(message)
 
 
 def run_parser(description: str) -> Parser:
@@ -131,8 +126,7 @@ def run_parser(description: str) -> Parser:
 
 def to_config(parser: Parser, parsed: Namespace) -> Config:
     """Type and check what was parsed; ConfigError or UserError where it does not hold together."""
-    files = parsed.config or []
-    name = Path(str(files[-1])).stem if files else "digits"
+    name = Path(str(parsed.config[-1])).stem if parsed.config else "digits"
     try:
         for section in ("model", *SECTIONS):
             parser.validate(parsed[section], False, branch=section)  # a null in a file is not checked before
@@ -140,7 +134,7 @@ def to_config(parser: Parser, parsed: Namespace) -> Config:
         model = vars(made.model)
         model["unit"] = model["unit"] and model["unit"].as_dict()
     except (TypeError, ValueError) as error:
-        raise UserError(parser.one_line(str(error))) from error
+        parser.error(str(error))
     sections = {section: made[section] for section in SECTIONS}
     return Config(output_dir=parsed.output_dir or f"runs/{name}", model=model, **sections)
 
