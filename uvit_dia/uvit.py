@@ -218,22 +218,18 @@ class UViT(ModelMixin, ConfigMixin):
     ) -> UViTOutput | tuple[Tensor]:
         """sample: (B, C, H, W) floats; timestep: scalar or (B,), 0 to 999; class_labels: (B,) integers."""
         x = self.embed(sample, timestep, class_labels)  # (B, L, D)
-        state, middle = None, len(self.in_blocks)
+        state, middle, kappa = None, len(self.in_blocks), self.config.skip_scale
         skips: list[Tensor] = []
         for number, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
-            skip = self.scale_skip(skips.pop(), len(skips)) if number > middle else None
+            skip = skips.pop() if number > middle else None  # (B, L, D), of in-block len(skips)
+            if skip is not None and kappa is not None:  # in-block i: times kappa^i (CS) or its own gate (LS)
+                skip = skip * (kappa ** len(skips) if self.skip_gate is None else self.skip_gate(skip))
             x, state = self.run_block(block, x, skip, self.shared_unit, state, number, self.grid)
             if number < middle:
                 skips.append(x)
         sample = self.to_pixels(x)
         penalty = None if self.shared_unit is None else self.shared_unit.penalty()
         return UViTOutput(sample=sample, penalty=penalty) if return_dict else (sample,)
-
-    def scale_skip(self, skip: Tensor, i: int) -> Tensor:
-        """The skip (B, L, D) of in-block i, counted from 0, times kappa^i (CS) or a gate of its own (LS)."""
-        if self.config.skip_scale is None:
-            return skip
-        return skip * (self.config.skip_scale**i if self.skip_gate is None else self.skip_gate(skip))
 
     def embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Labels) -> Tensor:
         """Tokens [label,] time, patches: (B, L, D)."""
