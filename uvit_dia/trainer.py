@@ -230,13 +230,12 @@ def build(
     device, alone = accelerator.device, accelerator.num_processes == 1
     model = UViT(**model_settings).to(device)
     copied = {name for name, _ in model.named_buffers()}  # BatchNorm's statistics
+    average: Any = dict(update_every=1, param_or_buffer_names_no_ema=copied)
+    constant: Any = dict(beta=config.ema_decay, min_value=config.ema_decay, update_after_step=0)
     # Built on the bare model: it matches by name, and a wrapper's prefix would keep it from ever updating.
-    options: Any = dict(include_online_model=False, use_foreach=True, param_or_buffer_names_no_ema=copied)
-    options |= dict(beta=config.ema_decay, min_value=config.ema_decay, update_every=1, update_after_step=0)
-    ema = EMA(model, **options)
+    ema = EMA(model, include_online_model=False, use_foreach=True, **constant, **average)
     ema.eval()
-    options = dict(update_every=1, param_or_buffer_names_no_ema=copied)
-    posthoc = [KarrasEMA(model, sigma_rel, **options) for sigma_rel in config.posthoc_ema or ()]
+    posthoc = [KarrasEMA(model, sigma_rel, **average) for sigma_rel in config.posthoc_ema or ()]
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.compile:
@@ -244,12 +243,11 @@ def build(
         model.compile()
     graphed = config.compile and device.type == "cuda" and alone and not accelerator.scaler
     rate = torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate
-    options = dict(betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=graphed)
+    options: Any = dict(betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=graphed)
     network, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=rate, **options))
-    scheduler = make_scheduler(diffusion)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     bad, taken = torch.tensor(False, device=device), torch.tensor(0, device=device)
-    parts = (config, accelerator, model, network, optimizer, ema, scheduler, diffusion.min_snr_gamma)
+    scheduler, gamma = make_scheduler(diffusion), diffusion.min_snr_gamma
+    parts = (config, accelerator, model, network, optimizer, ema, scheduler, gamma)
     return TrainState(*parts, GraphedUpdate() if graphed else update, bad, taken, posthoc)
 
 
@@ -305,8 +303,7 @@ def update(state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
             good = torch.isfinite(micro.detach()) & ~state.bad
             accelerator.backward(micro * torch.where(good, 1.0, math.nan))
         loss += micro.detach()
-    if accelerator.scaler:
-        accelerator.unscale_gradients(optimizer)
+    accelerator.unscale_gradients(optimizer)  # of fp16 alone
     parameters = list(state.model.parameters())
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.max_grad_norm is not None:
@@ -407,28 +404,26 @@ def summary(state: TrainState) -> dict[str, float]:
 
 def explain(state: TrainState, batches: Batches, step: int) -> str:
     """Replay a bad step, whose weights the mask has kept, and name where the first bad number arose."""
-    batch, model = next(batches.from_step(step)), state.model
-    outputs: list[str] = []  # that are bad, in the order of the forward pass
+    batch, model, bad = next(batches.from_step(step)), state.model, []
 
-    def bad(named: Iterable[tuple[str, Any]]) -> list[str]:
-        return [name for name, x in named if isinstance(x, Tensor) and not x.isfinite().all()]
+    def look(what: str, *found: Any) -> None:
+        if not all(x.isfinite().all() for x in found if isinstance(x, Tensor)):
+            bad.append(what)
 
-    def look(module: nn.Module, args: Any, output: Any, name: str) -> None:
-        outputs.extend(bad((name, x) for x in (output if isinstance(output, tuple) else (output,))))
+    def look_at_output(module: nn.Module, args: Any, output: Any, name: str) -> None:
+        look(f"the output of {name}", *(output if isinstance(output, tuple) else (output,)))
 
-    hooks = [m.register_forward_hook(partial(look, name=n)) for n, m in model.named_modules() if n]
+    look("the images", batch.images)
+    for name, weight in model.named_parameters():
+        look(f"the weight {name}", weight)
+    hooks = [m.register_forward_hook(partial(look_at_output, name=n)) for n, m in model.named_modules() if n]
     model.zero_grad()
     with torch.compiler.set_stance("force_eager"):  # compiled code runs no hooks
         for inputs in micro_batches(state.config.num_accumulation_steps, batch.images, *draw(state, batch)):
             loss_of(replace(state, network=model), *inputs).backward()
     for hook in hooks:
         hook.remove()
-    weights = list(model.named_parameters())
-    found = [
-        *bad([("the images", batch.images)]),
-        *bad((f"the weight {name}", weight) for name, weight in weights),
-        *(f"the output of {name}" for name in outputs),
-        *bad((f"the gradient of {name}", weight.grad) for name, weight in reversed(weights)),
-        "numbers that a replay does not show, as those of another process's share of the batch",
-    ]
-    return f"step {step + 1}: not finite in {found[0]}; the last checkpoint is good"
+    for name, weight in reversed(list(model.named_parameters())):
+        look(f"the gradient of {name}", weight.grad)
+    bad.append("numbers that a replay does not show, as those of another process's share of the batch")
+    return f"step {step + 1}: not finite in {bad[0]}; the last checkpoint is good"
