@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 from unittest import mock
 
+import analysis as an
 import exit_codes
 import pytest
 import torch
@@ -16,7 +17,6 @@ from accelerate import Accelerator
 from analyze import brief_training, verdict
 from PIL import Image
 
-from uvit_dia import analysis as an
 from uvit_dia import checkpoint, config, trainer
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.data import Batches, load_images
