@@ -250,6 +250,12 @@ stored = custom_op("uvit_dia::stored", torch.clone, mutates_args=(), schema="(Te
 stored.register_fake(torch.empty_like)
 stored.register_autograd(lambda context, gradient: gradient)
 
+
+def in_compiled_gpu_code(x: Tensor) -> bool:
+    """Where kernels of our own may run: compiled code for a GPU has Triton, which not every torch has."""
+    return x.is_cuda and torch.compiler.is_dynamo_compiling()
+
+
 Kind = Literal["constant", "se", "eca", "cbam", "srm", "spa", "sem", "spem", "dia_lstm", "dia_lstm_light"]
 CLASSES = (Constant, SE, ECA, CBAM, SRM, SPA, SEM, SPEM, DIALSTM, DIALSTMLight)
 UNITS = dict(zip(get_args(Kind), CLASSES, strict=True))
@@ -337,6 +343,10 @@ class SharedUnit(nn.Module):
         if self.config.kind == "cbam":  # a gate of patches: the extra tokens keep factor 1
             gate = F.pad(gate, (0, 0, self.num_extra, 0), value=1.0)
         gate = stored(gate) if torch.compiler.is_compiling() else gate
+        if in_compiled_gpu_code(x) and gate.shape[1] == 1:
+            from uvit_dia.fused_gradients import Scale
+
+            return Scale.apply(x, gate.expand(len(x), 1, -1)), state
         return (x * gate).to(x.dtype), state
 
     def penalty(self) -> Tensor | None:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend as Backend
 from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from uvit_dia.attention_units import Grid, SharedUnit, State, TwoLinears, UnitConfig
+from uvit_dia.attention_units import Grid, SharedUnit, State, TwoLinears, UnitConfig, in_compiled_gpu_code
 from uvit_dia.errors import ConfigError, UserError, check_fields
 
 # (B,), dim -> (B, dim) in float32, [cos, sin] as in the official code
@@ -60,50 +60,26 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
-        if torch.compiler.is_dynamo_compiling() and self.has_kernels(qkv):
-            from uvit_dia.fused_attention import FusedAttention  # not every torch comes with Triton
+        return self.proj(self.heads(x))
 
-            return self.proj(FusedAttention.apply(qkv, self.num_heads))
+    def heads(self, x: Tensor) -> Tensor:
+        """What the heads see, side by side: (B, L, D)."""
+        qkv = self.qkv(x)
+        if in_compiled_gpu_code(qkv) and self.has_kernels(qkv):
+            from uvit_dia.fused_attention import FusedAttention
+
+            return FusedAttention.apply(qkv, self.num_heads)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
         with sdpa_kernel(BACKENDS, set_priority=True):
             x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, D / heads)
-        return self.proj(rearrange(x, "b h l d -> b l (h d)"))
+        return rearrange(x, "b h l d -> b l (h d)")
 
     def has_kernels(self, qkv: Tensor) -> bool:
         """Whether fused_attention suits qkv (B, L, 3D), on the GPUs where it was measured: Hopper's."""
         few = qkv.shape[1] - (1 << qkv.shape[1].bit_length() - 1)  # tokens beyond a power of two
         fits = 1 <= few <= 16 and qkv.shape[1] > 64 and qkv.shape[2] == 3 * 64 * self.num_heads
-        is_half = qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16)
+        is_half = qkv.dtype in (torch.bfloat16, torch.float16)
         return fits and is_half and torch.cuda.get_device_capability(qkv.device) == (9, 0)
-
-
-# log2(1 - Phi(a)) by falling powers of a >= 0: 1 - Phi to a relative 6e-5 up to 5.5, and falling on beyond.
-TAIL = (-1.302623e-6, 5.265118e-5, -8.726065e-4, 0.00832637, -0.05367626, -0.4586686, -1.151198, -0.9999975)
-
-
-def tail(x: Tensor) -> Tensor:
-    """1 - Phi(|x|), Phi the standard normal's: an exact erf keeps a GPU calculating longer than loading."""
-    log2 = TAIL[0] * x.abs() + TAIL[1]
-    for factor in TAIL[2:]:
-        log2 = log2 * x.abs() + factor
-    return torch.exp2(log2)
-
-
-class CompiledGELU(torch.autograd.Function):
-    """F.gelu for compiled code, which makes one kernel of each pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        wide = x.float()
-        return (torch.where(wide > 0, wide, 0.0) - wide.abs() * tail(wide)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x = ctx.saved_tensors[0].float()
-        bell = torch.exp2(-0.5 * math.log2(math.e) * x * x) / math.sqrt(2 * math.pi)
-        return (grad * (torch.where(x > 0, 1 - tail(x), tail(x)) + x * bell)).to(grad.dtype)
 
 
 class Mlp(nn.Module):
@@ -113,8 +89,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gelu = CompiledGELU.apply if torch.compiler.is_compiling() else F.gelu
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -136,6 +111,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
     ) -> tuple[Tensor, State]:
+        if in_compiled_gpu_code(x) and self.residuals and isinstance(self.norm1, nn.LayerNorm):
+            return self.fused(x, skip, unit, state, number, grid)
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         y = self.attn(self.norm1(x))
@@ -145,6 +122,25 @@ class Block(nn.Module):
             n, state = unit(n, state, number, grid)
         y = self.mlp(n)
         return x + y if self.residuals else y, state
+
+    def fused(
+        self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
+    ) -> tuple[Tensor, State]:
+        """The same, with each bias added where its gradient needs no pass of its own."""
+        from uvit_dia.fused_gradients import BiasGELU, FusedNorm
+
+        norm1, norm2, proj, fc1, fc2 = self.norm1, self.norm2, self.attn.proj, self.mlp.fc1, self.mlp.fc2
+        before = none = torch.zeros_like(proj.bias)
+        if self.skip_linear is not None and skip is not None:
+            before = self.skip_linear.bias
+            x = F.linear(torch.cat([x, skip], dim=-1), self.skip_linear.weight)
+        x, n = FusedNorm.apply(x, norm1.weight, norm1.bias, before, none)
+        y = F.linear(self.attn.heads(n), proj.weight)
+        x, n = FusedNorm.apply(x + y, norm2.weight, norm2.bias, proj.bias, fc2.bias)
+        if unit is not None:
+            n, state = unit(n, state, number, grid)
+        y = F.linear(BiasGELU.apply(F.linear(n, fc1.weight), fc1.bias), fc2.weight)
+        return x + y, state
 
 
 class SkipGate(TwoLinears):

@@ -1,0 +1,73 @@
+"""The Triton gradients against autograd's: calculated step by step on a CPU, compiled on a GPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton", reason="this build of torch has no Triton")
+from uvit_dia.fused_gradients import BiasGELU, FusedNorm, Scale
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+# An interpreter calculates with numpy, which has no bfloat16.
+DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * HAS_GPU]
+BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+def results(function: Callable, tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """The outputs, then the gradients of all tensors."""
+    tensors = [x.clone().requires_grad_() for x in tensors]
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, tensors, grads)]
+
+
+def check(ours: Callable, exact: Callable, tensors: list[Tensor], grads: list[Tensor]) -> None:
+    bound = BOUNDS[tensors[0].dtype]
+    expected = results(exact, [x.double() for x in tensors], [x.double() for x in grads])
+    for got, wanted, given in zip(results(ours, tensors, grads), expected, [*grads, *tensors], strict=True):
+        assert got.dtype == given.dtype
+        assert (got.double() - wanted).norm() < bound * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 65, 128), (1, 3, 1152), *[(9, 257, 512)] * HAS_GPU])
+def test_a_norm_between_two_biases(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def exact(
+        x: Tensor, weight: Tensor, bias: Tensor, before: Tensor, after: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x = x + before
+        return x + after, F.layer_norm(x, weight.shape, weight, bias)
+
+    torch.manual_seed(0)
+    x, *grads = 2 + torch.randn(3, *shape, device=DEVICE).to(dtype)
+    check(FusedNorm.apply, exact, [x, *torch.rand(4, shape[-1], device=DEVICE)], grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 65, 128), (1, 3, 1152), *[(9, 257, 512)] * HAS_GPU])
+def test_gelu_after_a_bias(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, grad = 2 * torch.randn(2, *shape, device=DEVICE).to(dtype)
+    bias = torch.randn(shape[-1], device=DEVICE)
+    check(BiasGELU.apply, lambda x, bias: F.gelu(x + bias), [x, bias], [grad])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 65, 128), (1030, 3, 16), *[(9, 257, 512)] * HAS_GPU])
+def test_a_scale_by_a_gate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, *shape, device=DEVICE).to(dtype)
+    gate = torch.rand(len(x), 1, shape[-1], device=DEVICE)
+    check(Scale.apply, lambda x, gate: x * gate, [x, gate], [grad])
+
+
+def test_gelu_is_exact_everywhere() -> None:
+    x = torch.linspace(-12, 12, 73 * 137, device=DEVICE).view(1, 73, 137)
+    ones, bias = torch.ones_like(x), torch.zeros(137, device=DEVICE)
+    ours, theirs = results(BiasGELU.apply, [x, bias], [ones]), results(F.gelu, [x.double()], [ones.double()])
+    for got, wanted in zip(ours, theirs, strict=False):  # the value and its slope
+        assert torch.allclose(got.double(), wanted, atol=1e-6, rtol=0)
