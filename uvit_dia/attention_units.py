@@ -253,7 +253,7 @@ stored.register_autograd(lambda context, gradient: gradient)
 
 def in_compiled_gpu_code(x: Tensor) -> bool:
     """Where kernels of our own may run: compiled code for a GPU has Triton, which not every torch has."""
-    return x.is_cuda and torch.compiler.is_dynamo_compiling()
+    return x.is_cuda and x.dtype != torch.float64 and torch.compiler.is_dynamo_compiling()
 
 
 Kind = Literal["constant", "se", "eca", "cbam", "srm", "spa", "sem", "spem", "dia_lstm", "dia_lstm_light"]

@@ -13,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 # log2(1 - Phi(a)) by falling powers of a >= 0: 1 - Phi to a relative 6e-5 up to 5.5, and falling on beyond.
-TAIL = tl.constexpr(
-    (-1.302623e-6, 5.265118e-5, -8.726065e-4, 0.00832637, -0.05367626, -0.4586686, -1.151198, -0.9999975)
-)
-LOG2_BELL = tl.constexpr((-math.log2(2 * math.pi) / 2, -math.log2(math.e) / 2))  # exp(-x²/2) / sqrt(2 pi)
+TAIL = (-1.302623e-6, 5.265118e-5, -8.726065e-4, 0.00832637, -0.05367626, -0.4586686, -1.151198, -0.9999975)
+T7, T6, T5, T4, T3, T2, T1, T0 = map(tl.constexpr, TAIL)  # Triton 3.3 has no tuples of them
+B2, B0 = tl.constexpr(-math.log2(math.e) / 2), tl.constexpr(-math.log2(2 * math.pi) / 2)  # log2 of the bell
 
 
 @triton.jit
@@ -61,11 +60,9 @@ def gelu_kernel(grad, x, bias, dx, parts, tokens, rows, D: tl.constexpr, COLS: t
     grad, x, dx, db = grad + first * D, x + first * D, dx + first * D, tl.zeros((COLS,), tl.float32)
     for i in range(count):
         y = tl.load(x + i * D + cols, mask, 0.0).to(tl.float32) + b
-        log2 = TAIL[0] * tl.abs(y) + TAIL[1]
-        for j in tl.static_range(2, 8):
-            log2 = log2 * tl.abs(y) + TAIL[j]
-        tail = tl.exp2(log2)
-        slope = tl.where(y > 0, 1 - tail, tail) + y * tl.exp2(LOG2_BELL[0] + LOG2_BELL[1] * y * y)
+        a = tl.abs(y)
+        tail = tl.exp2(((((((a * T7 + T6) * a + T5) * a + T4) * a + T3) * a + T2) * a + T1) * a + T0)
+        slope = tl.where(y > 0, 1 - tail, tail) + y * tl.exp2(y * y * B2 + B0)
         d = tl.load(grad + i * D + cols, mask, 0.0) * slope
         tl.store(dx + i * D + cols, d.to(dx.dtype.element_ty), mask)
         db += d
@@ -109,17 +106,18 @@ class FusedNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor, after: Tensor
     ) -> tuple[Tensor, Tensor]:
         x, dtype = x.float() + before, x.dtype
-        y, mean, scale = torch.native_layer_norm(x, weight.shape, weight, bias, 1e-5)
+        y, mean, scale = torch.native_layer_norm(x, weight.shape, weight.float(), bias.float(), 1e-5)
         ctx.save_for_backward(cast(x, dtype), weight, mean, scale)
         return cast(x + after, dtype), cast(y, dtype)
 
     @staticmethod
     def backward(ctx: Any, more: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         x, weight, mean, scale = ctx.saved_tensors
+        x, more, grad = x.contiguous(), more.contiguous(), grad.contiguous()
         tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
         (rows, programs), dx = share(tokens, 1024), torch.empty_like(x)
         parts = x.new_empty(programs, 4, dim, dtype=torch.float32)
-        more, grad, cols = more.contiguous(), grad.contiguous(), triton.next_power_of_2(dim)
+        cols = triton.next_power_of_2(dim)
         args = (grad, more, x, weight, mean, scale, dx, parts, tokens, rows)
         norm_kernel[(programs,)](*args, D=dim, COLS=cols, num_warps=max(1, cols // 512))
         return dx, *parts.sum(0)
@@ -131,19 +129,20 @@ class BiasGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, bias)
-        y, factors = x.float() + bias, TAIL.value
-        log2 = factors[0] * y.abs() + factors[1]  # an exact erf keeps a GPU calculating longer than loading
-        for factor in factors[2:]:
+        y = x.float() + bias
+        log2 = TAIL[0] * y.abs() + TAIL[1]  # an exact erf keeps a GPU calculating longer than loading
+        for factor in TAIL[2:]:
             log2 = log2 * y.abs() + factor
         return cast(torch.where(y > 0, y, 0.0) - y.abs() * torch.exp2(log2), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, bias = ctx.saved_tensors
+        x, grad = x.contiguous(), grad.contiguous()
         tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
         (rows, programs), dx = share(tokens, 512), torch.empty_like(x)
         parts = x.new_empty(programs, dim, dtype=torch.float32)
-        args = (grad.contiguous(), x, bias, dx, parts, tokens, rows)
+        args = (grad, x, bias, dx, parts, tokens, rows)
         gelu_kernel[(-(-dim // 256), programs)](*args, D=dim, COLS=256, num_warps=1)
         return dx, parts.sum(0)
 
@@ -158,7 +157,8 @@ class Scale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        (x, gate), grad = ctx.saved_tensors, grad.contiguous()
+        x, gate = ctx.saved_tensors
+        x, grad = x.contiguous(), grad.contiguous()
         batch, tokens, dim = x.shape
         rows, programs = share(tokens, max(1, 1024 // batch))
         parts = x.new_empty(batch, programs, dim, dtype=torch.float32)

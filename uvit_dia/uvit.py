@@ -111,7 +111,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
     ) -> tuple[Tensor, State]:
-        if in_compiled_gpu_code(x) and self.residuals and isinstance(self.norm1, nn.LayerNorm):
+        if in_compiled_gpu_code(x) and self.is_plain():
             return self.fused(x, skip, unit, state, number, grid)
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
@@ -123,6 +123,12 @@ class Block(nn.Module):
         y = self.mlp(n)
         return x + y if self.residuals else y, state
 
+    def is_plain(self) -> bool:
+        """Whether it may run without calling its parts: none is left out, replaced or has a hook."""
+        known = (Block, Attention, Mlp, Linear, nn.LayerNorm)
+        hooks = [(*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks) for m in self.modules()]
+        return self.residuals and all(type(m) in known for m in self.modules()) and not any(hooks)
+
     def fused(
         self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
     ) -> tuple[Tensor, State]:
@@ -130,11 +136,11 @@ class Block(nn.Module):
         from uvit_dia.fused_gradients import BiasGELU, FusedNorm
 
         norm1, norm2, proj, fc1, fc2 = self.norm1, self.norm2, self.attn.proj, self.mlp.fc1, self.mlp.fc2
-        before = none = torch.zeros_like(proj.bias)
+        before, after = (torch.zeros_like(proj.bias) for _ in range(2))  # compilers take none twice
         if self.skip_linear is not None and skip is not None:
             before = self.skip_linear.bias
             x = F.linear(torch.cat([x, skip], dim=-1), self.skip_linear.weight)
-        x, n = FusedNorm.apply(x, norm1.weight, norm1.bias, before, none)
+        x, n = FusedNorm.apply(x, norm1.weight, norm1.bias, before, after)
         y = F.linear(self.attn.heads(n), proj.weight)
         x, n = FusedNorm.apply(x + y, norm2.weight, norm2.bias, proj.bias, fc2.bias)
         if unit is not None:
