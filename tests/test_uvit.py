@@ -272,3 +272,18 @@ def test_timestep_embedding_is_cosines_then_sines_of_a_geometric_ladder():
 def test_sizes_that_do_not_fit_name_the_setting(change, key):
     with pytest.raises(ConfigError, match=key):
         UViT(**TINY | change)
+
+
+def test_compiled_code_has_the_same_gradients():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = UViT(**TINY, unit={"kind": "dia_lstm"})
+    images, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    found = []
+    for network in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        network(images, t).sample.square().mean().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for eager, compiled in zip(*found, strict=True):
+        assert eager.any()
+        torch.testing.assert_close(compiled, eager)
