@@ -183,7 +183,6 @@ import torch.utils._triton
 
 torch.utils._triton.has_triton = lambda *args, **options: True
 from uvit_dia import attention_units, uvit
-from uvit_dia.attach import attach
 
 logging.disable(logging.WARNING)
 model = uvit.UViT(sample_size=16, embed_dim=128, depth=2, num_heads=2, unit={"kind": "dia_lstm"})

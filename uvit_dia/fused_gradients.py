@@ -29,7 +29,10 @@ def rows_of(program, tokens, rows):
 def norm_kernel(
     grad, more, x, weight, mean, scale, dx, parts, tokens, rows, D: tl.constexpr, COLS: tl.constexpr
 ):
-    """dx (tokens, D) = more + the gradient through the norm; parts (programs, 4, D): of its vectors."""
+    """dx (tokens, D) = more + the gradient through the norm.
+
+    parts (programs, 4, D): what each program's rows add to those of weight, bias, before and after.
+    """
     first, count = rows_of(tl.program_id(0), tokens, rows)
     cols, mask = tl.arange(0, COLS), tl.arange(0, COLS) < D
     grad, x, dx, more = grad + first * D, x + first * D, dx + first * D, more + first * D
@@ -53,7 +56,7 @@ def norm_kernel(
 
 @triton.jit
 def gelu_kernel(grad, x, bias, dx, parts, tokens, rows, D: tl.constexpr, COLS: tl.constexpr):
-    """dx (tokens, D), and parts (programs, D) of the bias's."""
+    """dx (tokens, D), and parts (programs, D) of the bias's gradient."""
     first, count = rows_of(tl.program_id(1), tokens, rows)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     mask, b = cols < D, tl.load(bias + cols, cols < D, 0.0)

@@ -126,7 +126,8 @@ class Block(nn.Module):
     def is_plain(self) -> bool:
         """Whether it may run without calling its parts: none is left out, replaced or has a hook."""
         known = (Block, Attention, Mlp, Linear, nn.LayerNorm)
-        hooks = [(*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks) for m in self.modules()]
+        hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in self.modules()]
+        hooks += [(*m._backward_hooks, *m._backward_pre_hooks) for m in self.modules()]
         return self.residuals and all(type(m) in known for m in self.modules()) and not any(hooks)
 
     def fused(
