@@ -19,30 +19,23 @@ B2, B0 = tl.constexpr(-math.log2(math.e) / 2), tl.constexpr(-math.log2(2 * math.
 
 
 @triton.jit
-def rows_of(program, tokens, rows):
-    """The first row of a program, and how many it has."""
-    first = program.to(tl.int64) * rows
-    return first, tl.minimum(tokens - first, rows).to(tl.int32)
-
-
-@triton.jit
 def norm_kernel(
-    grad, more, x, weight, mean, scale, dx, parts, tokens, rows, D: tl.constexpr, COLS: tl.constexpr
+    grad, more, x, after, weight, mean, scale, dx, parts, tokens, rows, D: tl.constexpr, COLS: tl.constexpr
 ):
-    """dx (tokens, D) = more + the gradient through the norm.
+    """dx (tokens, D) = more + the gradient through the norm of x - after.
 
     parts (programs, 4, D): what each program's rows add to those of weight, bias, before and after.
     """
-    first, count = rows_of(tl.program_id(0), tokens, rows)
+    first = tl.program_id(0).to(tl.int64) * rows
     cols, mask = tl.arange(0, COLS), tl.arange(0, COLS) < D
     grad, x, dx, more = grad + first * D, x + first * D, dx + first * D, more + first * D
-    w = tl.load(weight + cols, mask, 0.0)
+    w, a = tl.load(weight + cols, mask, 0.0), tl.load(after + cols, mask, 0.0)
     dw, db = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
     dbefore, dafter = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
-    for i in tl.range(0, count, num_stages=3):
+    for i in tl.range(0, tl.minimum(tokens - first, rows).to(tl.int32), num_stages=3):
         g, y = tl.load(grad + i * D + cols, mask, 0.0).to(tl.float32), tl.load(x + i * D + cols, mask, 0.0)
         rest, z = tl.load(more + i * D + cols, mask, 0.0).to(tl.float32), tl.load(scale + first + i)
-        y = (y.to(tl.float32) - tl.load(mean + first + i)) * z
+        y = (y.to(tl.float32) - a - tl.load(mean + first + i)) * z
         gw = g * w
         d = rest + z * (gw - (tl.sum(gw) + y * tl.sum(gw * y)) / D)
         tl.store(dx + i * D + cols, d.to(dx.dtype.element_ty), mask)
@@ -57,11 +50,12 @@ def norm_kernel(
 @triton.jit
 def gelu_kernel(grad, x, bias, dx, parts, tokens, rows, D: tl.constexpr, COLS: tl.constexpr):
     """dx (tokens, D), and parts (programs, D) of the bias's gradient."""
-    first, count = rows_of(tl.program_id(1), tokens, rows)
+    part = tl.num_programs(1) - 1 - tl.program_id(1)  # the product before wrote the last rows last: cached
+    first = part.to(tl.int64) * rows
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     mask, b = cols < D, tl.load(bias + cols, cols < D, 0.0)
     grad, x, dx, db = grad + first * D, x + first * D, dx + first * D, tl.zeros((COLS,), tl.float32)
-    for i in range(count):
+    for i in range(tl.minimum(tokens - first, rows).to(tl.int32)):
         y = tl.load(x + i * D + cols, mask, 0.0).to(tl.float32) + b
         a = tl.abs(y)
         tail = tl.exp2(((((((a * T7 + T6) * a + T5) * a + T4) * a + T3) * a + T2) * a + T1) * a + T0)
@@ -69,17 +63,16 @@ def gelu_kernel(grad, x, bias, dx, parts, tokens, rows, D: tl.constexpr, COLS: t
         d = tl.load(grad + i * D + cols, mask, 0.0) * slope
         tl.store(dx + i * D + cols, d.to(dx.dtype.element_ty), mask)
         db += d
-    tl.store(parts + tl.program_id(1) * D + cols, db, mask)
+    tl.store(parts + part * D + cols, db, mask)
 
 
 @triton.jit
 def gate_kernel(grad, x, parts, tokens, rows, D: tl.constexpr, COLS: tl.constexpr):
     """parts (B, programs an image, D) of the gate's gradient."""
-    first, count = rows_of(tl.program_id(1), tokens, rows)
-    cols, mask = tl.arange(0, COLS), tl.arange(0, COLS) < D
-    first += tl.program_id(0).to(tl.int64) * tokens
+    begin, cols, mask = tl.program_id(1) * rows, tl.arange(0, COLS), tl.arange(0, COLS) < D
+    first = tl.program_id(0).to(tl.int64) * tokens + begin
     grad, x, dgate = grad + first * D, x + first * D, tl.zeros((COLS,), tl.float32)
-    for i in tl.range(0, count, num_stages=3):
+    for i in tl.range(0, tl.minimum(tokens - begin, rows), num_stages=3):
         y = tl.load(x + i * D + cols, mask, 0.0).to(tl.float32)
         dgate += tl.load(grad + i * D + cols, mask, 0.0).to(tl.float32) * y
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -110,18 +103,19 @@ class FusedNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x, dtype = x.float() + before, x.dtype
         y, mean, scale = torch.native_layer_norm(x, weight.shape, weight.float(), bias.float(), 1e-5)
-        ctx.save_for_backward(cast(x, dtype), weight, mean, scale)
-        return cast(x + after, dtype), cast(y, dtype)
+        out = cast(x + after, dtype)  # kept for the backward pass, too: one tensor less is written
+        ctx.save_for_backward(out, after, weight, mean, scale)
+        return out, cast(y, dtype)
 
     @staticmethod
     def backward(ctx: Any, more: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        x, weight, mean, scale = ctx.saved_tensors
+        x, *weights = ctx.saved_tensors
         x, more, grad = x.contiguous(), more.contiguous(), grad.contiguous()
         tokens, dim = x.numel() // x.shape[-1], x.shape[-1]
         (rows, programs), dx = share(tokens, 1024), torch.empty_like(x)
         parts = x.new_empty(programs, 4, dim, dtype=torch.float32)
         cols = triton.next_power_of_2(dim)
-        args = (grad, more, x, weight, mean, scale, dx, parts, tokens, rows)
+        args = (grad, more, x, *weights, dx, parts, tokens, rows)
         norm_kernel[(programs,)](*args, D=dim, COLS=cols, num_warps=max(1, cols // 512))
         return dx, *parts.sum(0)
 
