@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from exit_codes import run
 from jsonargparse.typing import PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -40,7 +40,7 @@ from uvit_dia.evaluation import extract, load_extractor, versions
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.sampling import generate
 from uvit_dia.trainer import build, check_divides, fit, make_accelerator
-from uvit_dia.uvit import Attention, UViT
+from uvit_dia.uvit import Attention, Patches, UViT
 
 SCRIPTS = Path(__file__).resolve().parent
 TASKS = ("train", "sample", "score", "start")
@@ -244,9 +244,10 @@ def activations(model: UViT, inputs: tuple) -> int:
 def reference_model(arguments: dict[str, Any]) -> UViT:
     """The network as the official code computes it: attention takes q, k and v in float32."""
     model = UViT(**arguments | {"unit": None})
+    plain = {Attention: plain_attention, Patches: nn.Conv2d.forward}
     for module in model.modules():
-        if isinstance(module, Attention):
-            module.forward = partial(plain_attention, module)
+        if type(module) in plain:
+            module.forward = partial(plain[type(module)], module)
     return model
 
 

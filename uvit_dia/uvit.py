@@ -52,6 +52,15 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class Patches(nn.Conv2d):
+    """A convolution without overlap, (B, C, H, W) -> (B, D, H / p, W / p), as a product, tokens in order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, q = self.kernel_size
+        x = rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=p, q=q)
+        return rearrange(F.linear(x, self.weight.flatten(1), self.bias), "b h w d -> b d h w")
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -193,7 +202,7 @@ class UViT(ModelMixin, ConfigMixin):
         self.num_extra = 1 if num_classes is None else 2  # [label,] time
         self.grid = (sample_size // patch_size, sample_size // patch_size)
         num_tokens = self.num_extra + self.grid[0] * self.grid[1]
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(in_channels, embed_dim, patch_size, patch_size)})
+        self.patch_embed = nn.ModuleDict({"proj": Patches(in_channels, embed_dim, patch_size, patch_size)})
         self.time_embed: nn.Module = nn.Identity()
         if mlp_time_embed:
             hidden = 4 * embed_dim
