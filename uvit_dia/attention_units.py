@@ -48,38 +48,43 @@ class LSTMCell(nn.Module):
             self.input_reduce, self.hidden_reduce = (nn.Linear(dim, width) for _ in range(2))
         self.input_expand, self.hidden_expand = (nn.Linear(width, 4 * dim) for _ in range(2))
 
-    def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # (B, N) each
-        x = squeeze(self.input_reduce, self.hidden_reduce, y, h) if self.reduction else torch.cat([y, h], 1)
-        weight = torch.cat([self.input_expand.weight, self.hidden_expand.weight], 1)
-        bias = self.input_expand.bias + self.hidden_expand.bias
-        return lstm_update(F.linear(x, weight, bias), c, self.activation)
+    def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """c = sig(f) c + sig(i) tanh(g), h = sig(o) phi(c); y, h, c: (B, N)."""
+        x = self.squeeze(y, h) if self.reduction else torch.cat([y, h], 1)
+        i, f, g, o = F.linear(x, *self.expansion()).float().chunk(4, dim=-1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * getattr(torch, self.activation)(c), c
+
+    def squeeze(self, y: Tensor, h: Tensor) -> Tensor:
+        """Both paths' ReLU(R y + b) side by side, (B, 2N/r), in one product: launching two costs more."""
+        a, b = self.input_reduce, self.hidden_reduce
+        z = torch.bmm(torch.stack([y, h]), torch.stack([a.weight, b.weight]).mT)  # (2, B, N/r)
+        z = z if a.bias is None else z + torch.stack([a.bias, b.bias])[:, None]
+        return rearrange(torch.relu(z), "two b k -> b (two k)")
+
+    def expansion(self) -> tuple[Tensor, Tensor]:
+        """The weight (4N, 2N/r) and bias of both paths' affine map to the gates i, f, g, o."""
+        a, b = self.input_expand, self.hidden_expand
+        return torch.cat([a.weight, b.weight], 1), a.bias + b.bias
 
 
-class LightCell(nn.Module):
+class LightCell(LSTMCell):
     """DIA-LSTM (Light): both paths squeezed to N/r, then an affine map a gate. 2N²/r + 16N parameters."""
 
     def __init__(self, dim: int, reduction: int, activation: str) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.reduction, self.activation, width = reduction, activation, reduced(dim, reduction)
         self.input_reduce, self.hidden_reduce = (nn.Linear(dim, width, bias=False) for _ in range(2))
         self.input_scale, self.hidden_scale = (nn.Parameter(torch.ones(4, dim)) for _ in range(2))
         self.input_shift, self.hidden_shift = (nn.Parameter(torch.zeros(4, dim)) for _ in range(2))
 
-    def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        x = squeeze(self.input_reduce, self.hidden_reduce, y, h)
-        tiles = x.new_ones(x.shape[1] // 2).diag().repeat(self.reduction, 1)  # the paper leaves it open
-        scales = torch.stack([self.input_scale, self.hidden_scale])
-        # As one product with mostly zeros: its gradients are two more products, and no sums over the batch.
+    def expansion(self) -> tuple[Tensor, Tensor]:
+        """The same: mostly zeros, whose gradients are two more products, and no sums over the batch."""
+        scales = torch.stack([self.input_scale, self.hidden_scale])  # (2, 4, N)
+        width = scales.shape[2] // self.reduction
+        tiles = scales.new_ones(width).diag().repeat(self.reduction, 1)  # (N, N/r); the paper leaves it open
         weight = rearrange(scales[..., None] * tiles, "two four n k -> (four n) (two k)")
-        bias = (self.input_shift + self.hidden_shift).flatten()
-        return lstm_update(F.linear(x, weight, bias), c, self.activation)
-
-
-def squeeze(first: nn.Linear, second: nn.Linear, y: Tensor, h: Tensor) -> Tensor:
-    """[relu(first(y)) relu(second(h))], (B, 2N/r), in one product: launching two costs more."""
-    z = torch.bmm(torch.stack([y, h]), torch.stack([first.weight, second.weight]).mT)  # (2, B, N/r)
-    z = z if first.bias is None else z + torch.stack([first.bias, second.bias])[:, None]
-    return rearrange(torch.relu(z), "two b k -> b (two k)")
+        return weight, (self.input_shift + self.hidden_shift).flatten()
 
 
 def reduced(dim: int, reduction: int | None) -> int:
@@ -87,13 +92,6 @@ def reduced(dim: int, reduction: int | None) -> int:
     if reduction is None or reduction < 1 or dim % reduction:
         raise ConfigError("model.unit.reduction", reduction, f"a divisor of the {dim} channels")
     return dim // reduction
-
-
-def lstm_update(gates: Tensor, c: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """c = sig(f) c + sig(i) tanh(g), h = sig(o) phi(c); gates (B, 4N) in the order i, f, g, o."""
-    i, f, g, o = gates.float().chunk(4, dim=-1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * getattr(torch, activation)(c), c
 
 
 class DIALSTM(nn.Module):
