@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from uvit_dia.attention_units import UNITS
 from uvit_dia.errors import ConfigError, UserError
-from uvit_dia.uvit import UViT, timestep_embedding
+from uvit_dia.uvit import Patches, UViT, timestep_embedding
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(sample_size=8, patch_size=2, in_channels=3, embed_dim=64, depth=4, num_heads=4)
@@ -40,6 +41,19 @@ def test_official_weights_load_strictly_and_give_the_official_output(name, tmp_p
             tensors["input.sample"], tensors["input.timestep"], tensors.get("input.class_labels")
         ).sample
     assert torch.allclose(out, tensors["output.sample"], atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "size", "patch"), [(3, 8, 2), (1, 5, 1), (2, 12, 4)])
+def test_patches_are_embedded_as_by_a_convolution(channels, size, patch):
+    torch.manual_seed(0)
+    patches, x = Patches(channels, 16, patch, patch).double(), torch.randn(3, channels, size, size).double()
+    convolved = F.conv2d(x, patches.weight, patches.bias, patch)
+    grad, found = torch.randn_like(convolved), patches(x)
+    torch.testing.assert_close(found, convolved)
+    weights = tuple(patches.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(found, weights, grad), torch.autograd.grad(convolved, weights, grad)
+    )
 
 
 @pytest.mark.parametrize(
