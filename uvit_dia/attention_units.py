@@ -81,8 +81,8 @@ class LightCell(LSTMCell):
     def expansion(self) -> tuple[Tensor, Tensor]:
         """The same: mostly zeros, whose gradients are two more products, and no sums over the batch."""
         scales = torch.stack([self.input_scale, self.hidden_scale])  # (2, 4, N)
-        width = scales.shape[2] // self.reduction
-        tiles = scales.new_ones(width).diag().repeat(self.reduction, 1)  # (N, N/r); the paper leaves it open
+        width = self.input_reduce.out_features
+        tiles = scales.new_ones(width).diag().repeat(scales.shape[2] // width, 1)  # the paper leaves it open
         weight = rearrange(scales[..., None] * tiles, "two four n k -> (four n) (two k)")
         return weight, (self.input_shift + self.hidden_shift).flatten()
 
