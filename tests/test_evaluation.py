@@ -574,3 +574,10 @@ def test_what_cannot_be_scored_is_told(run, folders, options, says):
     with pytest.raises(UserError, match=says):
         script("evaluate", [str(option).format(**places) for option in options])
     assert sorted(run[0].rglob("*")) == before
+
+
+def test_versions_are_those_of_what_is_installed(monkeypatch):
+    installed = ev.distributions
+    assert ev.versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    monkeypatch.setattr(ev, "distributions", lambda name: [] if name == "uvit_dia" else installed(name=name))
+    assert {"torch", "uvit_dia"} & ev.versions().keys() == {"torch"}  # a checkout on the path

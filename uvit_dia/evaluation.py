@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from operator import getitem
 from pathlib import Path
@@ -279,8 +279,9 @@ class Scorer:
 
 
 def versions() -> dict[str, str]:
-    packages = "torch torchvision diffusers accelerate torch-fidelity ema-pytorch uvit_dia"
-    return {package: version(package) for package in packages.split()}
+    names = "torch torchvision diffusers accelerate torch-fidelity ema-pytorch uvit_dia".split()
+    # uvit_dia may run from a checkout that nobody installed
+    return {name: found[0].version for name in names if (found := [*distributions(name=name)])}
 
 
 def make_card(
