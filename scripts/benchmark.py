@@ -19,20 +19,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import run_config
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
 from exit_codes import run
 from jsonargparse.typing import PositiveInt
+from run_config import Config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from uvit_dia import config
 from uvit_dia.attention_units import UNITS, SharedUnit
 from uvit_dia.checkpoint import aside
-from uvit_dia.config import Config
 from uvit_dia.data import Batches, ImageSet, load_images, read_all
 from uvit_dia.diffusion import denoising_loss, make_scheduler
 from uvit_dia.errors import ConfigError, check_place, one_of
@@ -51,7 +51,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = config.run_parser(__doc__)
+    parser = run_config.run_parser(__doc__)
     parser.add_argument("--tasks", default="train,sample,score", help=f"of {', '.join(TASKS)}, with commas")
     parser.add_argument(
         "--units", default="reference,none,dia_lstm,dia_lstm_light,se", help="kinds of unit, with commas"
@@ -68,7 +68,7 @@ def main() -> None:
     default = SCRIPTS.parent / "configs" / ("cifar10_uvit.yaml" if cuda else "digits.yaml")
     named = any(arg.split("=")[0] == "--config" for arg in argv)
     parsed = parser.parse_args(argv if named else ["--config", str(default), *argv])
-    settings = config.to_config(parser, parsed)
+    settings = run_config.to_config(parser, parsed)
     tasks = chosen("tasks", parsed.tasks, TASKS)
     units = chosen("units", parsed.units, ("reference", "none", *UNITS))
     own = "32,128,512" if cuda else str(settings.train.batch_size)
@@ -332,9 +332,9 @@ def start(
         for compiled, how in ((False, "plain"), (True, "compiled anew"), (True, "compiled before")):
             wanted = replace(settings.train, compile=compiled, num_steps=1, log_every=1, preview_every=0)
             run = Path(folder, how.replace(" ", "_"))
-            run_config = Path(folder, "config.yaml")
-            config.save(replace(settings, output_dir=str(run), train=wanted), run_config, {})
-            command = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(run_config)]
+            recipe = Path(folder, "config.yaml")
+            run_config.save(replace(settings, output_dir=str(run), train=wanted), recipe, {})
+            command = [sys.executable, str(SCRIPTS / "train.py"), "--config", str(recipe)]
             started = time.perf_counter()
             process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
             while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:

@@ -26,18 +26,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+import run_config
 import torch
 import yaml
 from exit_codes import run
+from experiments import Run
 from jsonargparse.typing import PositiveInt
 from report import last_words, write_page
 from tqdm import tqdm
 from train import claim, provenance
 
-from uvit_dia import config
 from uvit_dia.data import load_images
 from uvit_dia.errors import UserError
-from uvit_dia.experiments import Run
 from uvit_dia.trainer import check_divides, check_labels
 from uvit_dia.uvit import UViT
 
@@ -45,7 +45,7 @@ SCRIPTS = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    parser = config.run_parser(__doc__)
+    parser = run_config.run_parser(__doc__)
     parser.add_argument(
         "--axis", action="append", default=[], help="KEY=VALUE,VALUE,... of any setting; once an axis"
     )
@@ -64,7 +64,7 @@ def main() -> int:
     if not axes:
         raise UserError("--axis: none given; add one, such as --axis model.unit=none,dia_lstm")
     root = Path(parsed.output_dir or "runs/compare")
-    base = replace(config.to_config(parser, parsed), output_dir=str(root))
+    base = replace(run_config.to_config(parser, parsed), output_dir=str(root))
     runs, places = make_runs(base, axes, parsed.equal), slots(parsed.jobs)
     check(runs)
     show_plan(root, runs, len(places))
@@ -85,20 +85,21 @@ def label(value: Any) -> str:
 
 
 def make_runs(
-    base: config.Config, axes: dict[str, list[Any]], equal: Literal["steps", "images"]
+    base: run_config.Config, axes: dict[str, list[Any]], equal: Literal["steps", "images"]
 ) -> list[Run]:
     """Every combination, the last axis fastest, in folders of base.output_dir; UserError where one can't be.
 
     A value of model.unit replaces the base's whole, and may be `none` or a kind's bare name; mappings
     elsewhere merge. `equal` images: all that counts steps is scaled, so that all see as many images.
     """
-    parser, runs = config.run_parser(""), {}
-    if odd := [key for key in axes if key.split(".")[0] not in ("model", *config.SECTIONS)]:
+    parser, runs = run_config.run_parser(""), {}
+    if odd := [key for key in axes if key.split(".")[0] not in ("model", *run_config.SECTIONS)]:
         raise UserError(f"axis {odd[0]}: no config field, such as train.batch_size or model.unit")
     if "model.unit" in axes:
         base = replace(base, model=base.model | {"unit": None})
     for values in product(*axes.values()):
-        settings, changes = config.plain(asdict(base)), config.plain(dict(zip(axes, values, strict=True)))
+        settings = run_config.plain(asdict(base))
+        changes = run_config.plain(dict(zip(axes, values, strict=True)))
         if isinstance(unit := changes.get("model.unit"), str):
             changes["model.unit"] = None if unit == "none" else {"kind": unit}
         labels = {key: label(value) for key, value in changes.items()}
@@ -107,7 +108,7 @@ def make_runs(
         if name in runs:
             raise UserError(f"two runs of the grid have one name, {name}; does an axis have a value twice?")
         settings["output_dir"] = str(Path(base.output_dir) / name)
-        made = config.to_config(parser, parser.parse_object(changes, parser.parse_object(settings)))
+        made = run_config.to_config(parser, parser.parse_object(changes, parser.parse_object(settings)))
         by = base.train.batch_size / made.train.batch_size if equal == "images" else 1
         made = replace(made, train=scaled(made.train, by), evaluate=scaled(made.evaluate, by))
         runs[name] = Run(name, labels, made)
@@ -125,7 +126,7 @@ def write_grid(root: Path, runs: list[Run], facts: dict[str, Any]) -> None:
     """Write each run's cell.yaml, the config that it is to have, and grid.yaml: the facts and the runs."""
     made_with = provenance()
     for one in runs:
-        config.save(one.config, one.folder.root / "cell.yaml", made_with)
+        run_config.save(one.config, one.folder.root / "cell.yaml", made_with)
     whole = facts | made_with | {"runs": {one.name: one.labels for one in runs}}
     (root / "grid.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
 
@@ -145,9 +146,9 @@ def check(runs: list[Run]) -> None:
         if repr(wanted) not in num_labels:
             num_labels[repr(wanted)] = load_images(*wanted).num_labels
         check_labels(num_labels[repr(wanted)], model["num_classes"], model["null_label"])
-        there = config.load(one.folder.config) if one.folder.config.is_file() else one.config
-        for section in ("model", *config.SECTIONS):
-            ours, theirs = (config.plain(asdict(settings)[section]) for settings in (one.config, there))
+        there = run_config.load(one.folder.config) if one.folder.config.is_file() else one.config
+        for section in ("model", *run_config.SECTIONS):
+            ours, theirs = (run_config.plain(asdict(settings)[section]) for settings in (one.config, there))
             if differ := [key for key in ours if ours[key] != theirs[key]]:
                 what = f"{section}.{differ[0]} is {theirs[differ[0]]} there and {ours[differ[0]]} in the grid"
                 raise UserError(f"{one.folder.root}: holds another run: {what}; name another --output_dir")

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import run_config
 import torch
 from accelerate import Accelerator
 from exit_codes import run
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from uvit_dia import checkpoint, config, posthoc
+from uvit_dia import checkpoint, posthoc
 from uvit_dia.checkpoint import BadCheckpoint, RunFolder
 from uvit_dia.data import FORMATS, SUFFIXES, DataConfig, ImageSet, load_images, test_images
 from uvit_dia.errors import UserError, check_place
@@ -38,7 +39,7 @@ from uvit_dia.trainer import make_accelerator
 
 
 def main() -> None:
-    parser = config.Parser(__doc__)
+    parser = run_config.Parser(__doc__)
     parser.add_argument("source", nargs="?", help="a run's folder, a pipeline's folder, or a Hub id")
     parser.add_argument("--generated", help="score this folder's images, all of one size, and draw none")
     parser.add_argument("--reference", help="a folder of real images; default: the run's training set")
@@ -56,7 +57,7 @@ def main() -> None:
     if given.get("card") is not None:
         check_place("--card", given["card"], [".json"])
     folder = RunFolder(given.get("source") or "")
-    known = config.load(folder.config) if given.get("source") and folder.config.is_file() else None
+    known = run_config.load(folder.config) if given.get("source") and folder.config.is_file() else None
     check(given, known is not None)
     sample = SampleConfig(**(asdict(known.sample) if known else {}) | given.pop("sample", {}))
     options = {key: value for key, value in given.items() if key in EvaluateConfig.__annotations__}
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def score_folder(
-    given: dict, known: config.Config | None, settings: EvaluateConfig, accelerator: Accelerator
+    given: dict, known: run_config.Config | None, settings: EvaluateConfig, accelerator: Accelerator
 ) -> None:
     """Score images that are there."""
     images = OneSize(given["generated"])
@@ -87,7 +88,7 @@ def score_folder(
 
 def score_model(
     given: dict,
-    known: config.Config | None,
+    known: run_config.Config | None,
     folder: RunFolder,
     sample: SampleConfig,
     settings: EvaluateConfig,

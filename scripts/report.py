@@ -16,14 +16,14 @@ import markdown
 import pandas as pd
 import seaborn as sns
 from exit_codes import run
+from experiments import Run, read_grid, significance
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from run_config import Parser
 
 from uvit_dia import evaluation
 from uvit_dia.checkpoint import RunFolder
-from uvit_dia.config import Parser
 from uvit_dia.errors import UserError
-from uvit_dia.experiments import Run, read_grid, significance
 from uvit_dia.trainer import SpikeCounter
 
 SEED = "train.seed"  # runs that differ in it alone are repeats of one another, and make a cell

@@ -4,6 +4,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import run_config
 import torch
 from accelerate.utils import gather_object
 from exit_codes import run
@@ -11,7 +12,6 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from uvit_dia import config
 from uvit_dia.checkpoint import RunFolder, writing
 from uvit_dia.errors import UserError, check_place
 from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline
@@ -19,7 +19,7 @@ from uvit_dia.trainer import make_accelerator
 
 
 def main() -> int:
-    parser = config.Parser(__doc__)
+    parser = run_config.Parser(__doc__)
     parser.add_argument("source", help="a run's folder, a pipeline's folder, or a Hub id")
     parser.add_argument("--grid", help="write one picture of the images, at most 256 of them")
     parser.add_argument("--dir", help="write each image as DIR/000000.png, numbered by index")
@@ -67,7 +67,7 @@ def save_images(images: Tensor, indices: Tensor, folder: Path) -> None:
 def sample_settings(source: str, given: dict) -> SampleConfig:
     """What is given on the command line, over the run's own `sample` settings if the source is a run."""
     known = RunFolder(source).config
-    base = asdict(config.load(known).sample) if known.is_file() else {}
+    base = asdict(run_config.load(known).sample) if known.is_file() else {}
     return SampleConfig(**base | {key: given[key] for key in SampleConfig.__annotations__ if key in given})
 
 

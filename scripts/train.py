@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import run_config
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -23,7 +24,7 @@ from exit_codes import run
 from torch.distributed import DistError, PrefixStore, TCPStore
 from tqdm import tqdm
 
-from uvit_dia import checkpoint, config, evaluation, posthoc, trainer
+from uvit_dia import checkpoint, evaluation, posthoc, trainer
 from uvit_dia.checkpoint import RunFolder, aside, writing
 from uvit_dia.data import Batches, ImageSet, load_images, test_images
 from uvit_dia.errors import ConfigError, UserError
@@ -36,14 +37,14 @@ LOST = 4  # exit code where another process of the run ended
 
 
 def main() -> int:
-    parser = config.run_parser(__doc__)
+    parser = run_config.run_parser(__doc__)
     parser.add_argument(
         "--resume", nargs="?", const="newest", help="from the newest good checkpoint, or a path"
     )
     argv = sys.argv[1:]
     named = any(arg.split("=")[0] == "--config" for arg in argv)
     parsed = parser.parse_args(argv if named else ["--config", str(DIGITS), *argv])
-    settings = config.to_config(parser, parsed)
+    settings = run_config.to_config(parser, parsed)
     folder = RunFolder(settings.output_dir)
     check_free(folder, parsed.resume)
     logs = folder.root / "tensorboard"
@@ -57,7 +58,7 @@ def main() -> int:
 
 
 def prepare(
-    settings: config.Config, folder: RunFolder, source: str | None, accelerator: Accelerator
+    settings: run_config.Config, folder: RunFolder, source: str | None, accelerator: Accelerator
 ) -> tuple[trainer.TrainState, Batches]:
     """Model and data, at the step to go on from; only when all that is well is anything written."""
     wanted = settings.train
@@ -87,7 +88,7 @@ def prepare(
         raise
     with writing(folder.root):
         if accelerator.is_main_process:
-            config.save(settings, folder.config, provenance())
+            run_config.save(settings, folder.config, provenance())
             trim_metrics(folder, state.step)
         named = {"wandb": {"name": folder.root.resolve().name, "config": asdict(settings)}}
         accelerator.init_trackers("uvit_dia", init_kwargs=named)
@@ -96,7 +97,7 @@ def prepare(
 
 def provenance() -> dict[str, str]:
     """Versions, and the commit where the code is a git checkout."""
-    describe, code = ["git", "describe", "--always", "--dirty", "--abbrev=40"], Path(config.__file__).parent
+    describe, code = ["git", "describe", "--always", "--dirty", "--abbrev=40"], Path(trainer.__file__).parent
     with suppress(OSError, subprocess.CalledProcessError):  # there is no git, or it is no checkout
         git = subprocess.run(describe, cwd=code, capture_output=True, text=True, check=True)
         return evaluation.versions() | {"commit": git.stdout.strip()}
@@ -211,7 +212,7 @@ def lost(reason: str) -> None:
     os._exit(LOST)
 
 
-def train(state: trainer.TrainState, batches: Batches, settings: config.Config, folder: RunFolder) -> int:
+def train(state: trainer.TrainState, batches: Batches, settings: run_config.Config, folder: RunFolder) -> int:
     """Run the loop with everything that people want around it; returns the exit code."""
     signals = stop_on_signals(state)
     accelerator, every = state.accelerator, settings.train
@@ -299,7 +300,7 @@ def save(state: trainer.TrainState, images: ImageSet, folder: RunFolder) -> None
     state.accelerator.wait_for_everyone()
 
 
-def preview(state: trainer.TrainState, settings: config.Config, folder: RunFolder) -> None:
+def preview(state: trainer.TrainState, settings: run_config.Config, folder: RunFolder) -> None:
     """A grid from the run's fixed preview noise; the other processes wait at the next step."""
     pipeline = UViTPipeline(state.ema.ema_model, state.scheduler)
     images = torch.cat([batch for _, batch in generate(pipeline, settings.sample, Stream.PREVIEWS)])
@@ -308,7 +309,7 @@ def preview(state: trainer.TrainState, settings: config.Config, folder: RunFolde
 
 
 def screening_scorer(
-    state: trainer.TrainState, batches: Batches, settings: config.Config
+    state: trainer.TrainState, batches: Batches, settings: run_config.Config
 ) -> evaluation.Scorer:
     """What scores few images while training, on all processes; the real images are looked at once, here."""
     few = replace(settings.evaluate, num_images=settings.evaluate.screen_images, num_seeds=1)
@@ -317,7 +318,7 @@ def screening_scorer(
 
 
 def screen(
-    state: trainer.TrainState, scorer: evaluation.Scorer, settings: config.Config, folder: RunFolder
+    state: trainer.TrainState, scorer: evaluation.Scorer, settings: run_config.Config, folder: RunFolder
 ) -> None:
     """A card for evaluation/screening/; its wall time is what training waited."""
     pipeline = UViTPipeline(state.ema.ema_model, state.scheduler)

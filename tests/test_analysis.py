@@ -12,12 +12,13 @@ from unittest import mock
 import analysis as an
 import exit_codes
 import pytest
+import run_config
 import torch
 from accelerate import Accelerator
 from analyze import brief_training, verdict
 from PIL import Image
 
-from uvit_dia import checkpoint, config, trainer
+from uvit_dia import checkpoint, trainer
 from uvit_dia.checkpoint import RunFolder
 from uvit_dia.data import Batches, load_images
 from uvit_dia.diffusion import denoising_loss
@@ -33,14 +34,14 @@ SMALL = {"num_images": 4, "timesteps": [100, 900]}
 
 def train(root: Path, *changes: str) -> Path:
     """A run's folder as scripts/train.py leaves it, after three steps of a tiny model."""
-    parser = config.run_parser("")
+    parser = run_config.run_parser("")
     parsed = parser.parse_args(["--config", DIGITS, "--output_dir", str(root), *TINY, *changes])
-    settings = config.to_config(parser, parsed)
+    settings = run_config.to_config(parser, parsed)
     state = trainer.build(settings.train, settings.diffusion, settings.model, Accelerator(cpu=True))
     images = load_images(settings.data, "train", settings.model["sample_size"], 1)
     list(trainer.fit(state, Batches(images, settings.data, 8, 0, "cpu")))
     root.mkdir(parents=True)
-    config.save(settings, RunFolder(root).config, {})
+    run_config.save(settings, RunFolder(root).config, {})
     pipeline = UViTPipeline(state.ema.ema_model, state.scheduler)
     checkpoint.export(pipeline, RunFolder(root).pipeline, {"step": state.step, "seed": 0})
     return root
@@ -282,12 +283,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     "path", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_an_ablation_changes_one_option_of_any_base_and_says_why(path):
-    parser = config.run_parser("")
+    parser = run_config.run_parser("")
     base, changed = (
-        config.to_config(parser, parser.parse_args([x for f in files for x in ("--config", f)])).model
+        run_config.to_config(parser, parser.parse_args([x for f in files for x in ("--config", f)])).model
         for files in ([DIGITS], [DIGITS, str(path)])
     )
-    written = config.yaml.safe_load(path.read_text())["model"]["unit"]
+    written = run_config.yaml.safe_load(path.read_text())["model"]["unit"]
     assert len(written) == 1 and path.read_text().startswith("# ")
     assert changed["unit"] == base["unit"] | {k: v for k, v in changed["unit"].items() if k in written}
     model = UViT(**changed | {"embed_dim": 32})

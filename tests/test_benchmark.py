@@ -7,11 +7,11 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import run_config
 import torch
 from accelerate import Accelerator
 from test_uvit import golden
 
-from uvit_dia import config
 from uvit_dia.data import Batches, load_images
 from uvit_dia.uvit import UViT
 
@@ -34,7 +34,7 @@ def test_the_reference_network_gives_the_official_outputs(name, tmp_path):
 
 
 def test_the_reference_recipe_learns():
-    settings = config.load(ROOT / "configs" / "digits.yaml")
+    settings = run_config.load(ROOT / "configs" / "digits.yaml")
     small = settings.model | {"embed_dim": 32, "depth": 2}
     settings = replace(settings, model=small, train=replace(settings.train, warmup_steps=5))
     batches = Batches(load_images(settings.data, "train", 8, 1), settings.data, 32, 0, "cpu")

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+import run_config
 import torch
 from train import provenance
 
-from uvit_dia import config
 from uvit_dia.errors import UserError
 from uvit_dia.evaluation import versions
 from uvit_dia.uvit import UViT
@@ -14,9 +14,9 @@ from uvit_dia.uvit import UViT
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def parse(*argv: object) -> config.Config:
-    parser = config.run_parser("")
-    return config.to_config(parser, parser.parse_args([str(arg) for arg in argv]))
+def parse(*argv: object) -> run_config.Config:
+    parser = run_config.run_parser("")
+    return run_config.to_config(parser, parser.parse_args([str(arg) for arg in argv]))
 
 
 def write(path: Path, text: str) -> Path:
@@ -36,7 +36,7 @@ def test_the_dia_recipes_differ_from_the_baseline_in_the_unit_and_the_folder_alo
     base, *others = (parse("--config", CONFIGS / f"cifar10_{n}.yaml") for n in ("uvit", "dia", "dia_light"))
     for other in others:
         assert other.model | {"unit": None} == base.model and other.model["unit"]
-        assert all(getattr(other, section) == getattr(base, section) for section in config.SECTIONS)
+        assert all(getattr(other, section) == getattr(base, section) for section in run_config.SECTIONS)
 
 
 def test_files_merge_in_order_field_by_field_and_the_command_line_comes_last(tmp_path):
@@ -58,8 +58,8 @@ def test_a_saved_config_reads_back_the_same(tmp_path):
     made = parse(
         "--config", CONFIGS / "digits.yaml", "--model.unit.reduction", "null", "--train.trackers", "[]"
     )
-    config.save(made, tmp_path / "config.yaml", provenance())
-    assert config.load(tmp_path / "config.yaml") == made
+    run_config.save(made, tmp_path / "config.yaml", provenance())
+    assert run_config.load(tmp_path / "config.yaml") == made
     assert "# torch: " in (tmp_path / "config.yaml").read_text()
 
 
@@ -128,6 +128,6 @@ def test_help_explains_every_setting(capsys):
         "mirror each training image",
     ):
         assert said in text
-    for section in config.SECTIONS.values():
+    for section in run_config.SECTIONS.values():
         for name in section.__dataclass_fields__:
             assert f".{name} " in text

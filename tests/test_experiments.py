@@ -13,13 +13,13 @@ from pathlib import Path
 
 import exit_codes
 import pytest
+import run_config
 import torch
 from compare import make_runs, write_grid
+from experiments import read_grid
 from report import last_words
 
-from uvit_dia import config
 from uvit_dia.errors import UserError
-from uvit_dia.experiments import read_grid
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "compare.py"))
@@ -31,10 +31,10 @@ TINY = (
 UNITS = ["none", "dia_lstm", {"kind": "dia_lstm", "gate_scale": 4}]
 
 
-def base(folder: Path, *argv: object) -> config.Config:
-    parser = config.run_parser("")
+def base(folder: Path, *argv: object) -> run_config.Config:
+    parser = run_config.run_parser("")
     digits = ["--config", str(ROOT / "configs" / "digits.yaml"), "--output_dir", str(folder)]
-    return config.to_config(parser, parser.parse_args([*digits, *TINY, *map(str, argv)]))
+    return run_config.to_config(parser, parser.parse_args([*digits, *TINY, *map(str, argv)]))
 
 
 def compare(*argv: object) -> tuple[int, str, str]:

@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
+import run_config
 import torch
 import yaml
 from diffusers.training_utils import compute_snr
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from uvit_dia import config
 from uvit_dia.attention_units import UnitConfig
 from uvit_dia.data import Batches, DataConfig, ImageSet, decode, order
 from uvit_dia.diffusion import DiffusionConfig, loss_weight, make_scheduler, target
@@ -82,30 +82,30 @@ def sections(draw: st.DrawFn, kind: type) -> Any:
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> config.Config:
+def configs(draw: st.DrawFn) -> run_config.Config:
     hints = {name: hint for name, hint in get_type_hints(UViT.__init__).items() if name != "return"}
     chosen = draw(st.lists(st.sampled_from(list(hints)), unique=True, max_size=4))
     model = {name: draw(values(hints[name])) for name in chosen}
     if model.get("unit"):
         model["unit"] = model["unit"].as_dict()
-    parts = {name: draw(sections(kind)) for name, kind in config.SECTIONS.items()}
-    return config.Config(output_dir=draw(values(str)), model=DEFAULTS | model, **parts)
+    parts = {name: draw(sections(kind)) for name, kind in run_config.SECTIONS.items()}
+    return run_config.Config(output_dir=draw(values(str)), model=DEFAULTS | model, **parts)
 
 
 @given(configs())
 @settings(max_examples=15, phases=[Phase.explicit, Phase.generate])  # it takes minutes to shrink
 def test_a_config_that_is_saved_reads_back_the_same(tmp_path_factory, made):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
-    config.save(made, path, {"torch": "2"})
-    assert config.load(path) == made
+    run_config.save(made, path, {"torch": "2"})
+    assert run_config.load(path) == made
 
 
 @pytest.mark.parametrize("name", ["1e3", "0x1f", "null", "2026-01-01"])
 def test_a_folder_whose_name_looks_like_something_else_keeps_it(name, tmp_path):
-    parser = config.run_parser("")
-    made = config.to_config(parser, parser.parse_args(["--output_dir", name]))
-    config.save(made, tmp_path / "config.yaml", {})
-    assert made.output_dir == name and config.load(tmp_path / "config.yaml").output_dir == name
+    parser = run_config.run_parser("")
+    made = run_config.to_config(parser, parser.parse_args(["--output_dir", name]))
+    run_config.save(made, tmp_path / "config.yaml", {})
+    assert made.output_dir == name and run_config.load(tmp_path / "config.yaml").output_dir == name
 
 
 # The data's order.

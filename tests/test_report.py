@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import run_config
 from compare import make_runs, write_grid
+from experiments import Run, holm, read_grid, significance
 from PIL import Image
 from report import write_page
 from scipy.stats import t as student
 
-from uvit_dia import config
 from uvit_dia.errors import UserError
 from uvit_dia.evaluation import make_card, write_card
-from uvit_dia.experiments import Run, holm, read_grid, significance
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -61,10 +61,10 @@ def finish(run: Run, distance: float, num_images: int, reference: str = "digits"
 
 def grid(root: Path, num_images: int = 600, seeds: int = 3, **axes: list) -> list[Run]:
     """A grid's folder, finished: the second unit is better by 1 at seed 0, by 1.1 at seed 1, ..."""
-    parser = config.run_parser("")
+    parser = run_config.run_parser("")
     digits = ["--config", str(ROOT / "configs" / "digits.yaml"), "--output_dir", str(root)]
     count = ["--evaluate.num_images", str(num_images)]
-    base = config.to_config(parser, parser.parse_args([*digits, *count, "--train.num_steps", "400"]))
+    base = run_config.to_config(parser, parser.parse_args([*digits, *count, "--train.num_steps", "400"]))
     axes = (axes or AXES) | {"train.seed": list(range(seeds))}
     runs = make_runs(base, axes, "images")
     write_grid(root, runs, {"equal": "images", "command": "python compare", "hardware": "h"})

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from run_config import Config, load, run_parser
 from scipy.stats import ttest_ind, ttest_rel
 
 from uvit_dia.checkpoint import RunFolder
-from uvit_dia.config import Config, load, run_parser
 
 
 @dataclass(frozen=True)
