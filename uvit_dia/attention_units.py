@@ -21,7 +21,8 @@ from torch.library import custom_op
 
 from uvit_dia.errors import ConfigError, check_fields, one_of
 
-State = tuple[tuple[Tensor, Tensor], ...] | None  # (hidden, cell) of each cell: (B, D), float32
+State = tuple[tuple[Any, ...], ...] | None  # (hidden, cell) of each cell, (B, D), float32; then later maps
+Affine = tuple[Any, ...]  # weight (..., K, N), bias (..., 1, K) or None; of a late one its two stand-ins
 Grid = tuple[int, int] | None  # height and width in patches; None: a square
 Stages = Sequence[str]  # the stage of each block
 
@@ -37,8 +38,21 @@ class Constant(nn.Module):
         return torch.full_like(x[:1, :1], self.value, dtype=torch.float32), state  # (1, 1, D)
 
 
+class OfMean(nn.Module):
+    """A unit that sees the patches' mean alone: `gate, state = unit.gate_of(mean, state)`, (B, D) both."""
+
+    def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
+        gate, state = self.gate_of(x.mean(1), state)
+        return rearrange(gate, "b d -> b 1 d"), state
+
+    def gate_of(self, y: Tensor, state: State) -> tuple[Tensor, State]:
+        raise NotImplementedError
+
+
 class LSTMCell(nn.Module):
     """The official DIANet cell (arXiv 2210.16101, Fig. 6 middle); reduction=None: the standard LSTM cell."""
+
+    reduction: Any  # an integer, or None
 
     def __init__(self, dim: int, reduction: int | None, activation: str) -> None:
         super().__init__()
@@ -48,24 +62,32 @@ class LSTMCell(nn.Module):
             self.input_reduce, self.hidden_reduce = (nn.Linear(dim, width) for _ in range(2))
         self.input_expand, self.hidden_expand = (nn.Linear(width, 4 * dim) for _ in range(2))
 
-    def forward(self, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """c = sig(f) c + sig(i) tanh(g), h = sig(o) phi(c); y, h, c: (B, N)."""
-        x = self.squeeze(y, h) if self.reduction else torch.cat([y, h], 1)
-        i, f, g, o = F.linear(x, *self.expansion()).float().chunk(4, dim=-1)
+    def forward(self, y: Tensor, h: Tensor, c: Tensor, *maps: Affine) -> tuple[Tensor, Tensor]:
+        """c = sig(f) c + sig(i) tanh(g), h = sig(o) phi(c); y, h, c: (B, N). maps: own or `late` ones."""
+        *squeeze, expand = maps or self.maps()
+        x = torch.stack([y, h])  # both paths in one product: launching two costs more
+        if squeeze:
+            x = torch.relu(affine(x, *squeeze[0])).to(y.dtype)  # (2, B, N/r)
+        gates = self.expand(rearrange(x, "two b k -> b (two k)"), *expand).float()
+        i, f, g, o = gates.chunk(4, dim=-1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * getattr(torch, self.activation)(c), c
 
-    def squeeze(self, y: Tensor, h: Tensor) -> Tensor:
-        """Both paths' ReLU(R y + b) side by side, (B, 2N/r), in one product: launching two costs more."""
-        a, b = self.input_reduce, self.hidden_reduce
-        z = torch.bmm(torch.stack([y, h]), torch.stack([a.weight, b.weight]).mT)  # (2, B, N/r)
-        z = z if a.bias is None else z + torch.stack([a.bias, b.bias])[:, None]
-        return rearrange(torch.relu(z), "two b k -> b (two k)")
+    def maps(self) -> list[Affine]:
+        """Both paths' squeeze, if there is one, and their affine map to the gates."""
+        if self.reduction is None:
+            return [self.expansion()]
+        both = self.input_reduce, self.hidden_reduce
+        biases = None if both[0].bias is None else torch.stack([layer.bias for layer in both])[:, None]
+        return [(torch.stack([layer.weight for layer in both]), biases), self.expansion()]
 
-    def expansion(self) -> tuple[Tensor, Tensor]:
-        """The weight (4N, 2N/r) and bias of both paths' affine map to the gates i, f, g, o."""
+    def expansion(self) -> Affine:
         a, b = self.input_expand, self.hidden_expand
-        return torch.cat([a.weight, b.weight], 1), a.bias + b.bias
+        return torch.cat([a.weight, b.weight], 1), (a.bias + b.bias)[None]  # (4N, 2N/r), (1, 4N)
+
+    def expand(self, x: Tensor, *expansion: Any) -> Tensor:
+        """The gates i, f, g, o (B, 4N) before their activations, of both paths side by side (B, 2N/r)."""
+        return affine(x, *expansion)
 
 
 class LightCell(LSTMCell):
@@ -78,13 +100,83 @@ class LightCell(LSTMCell):
         self.input_scale, self.hidden_scale = (nn.Parameter(torch.ones(4, dim)) for _ in range(2))
         self.input_shift, self.hidden_shift = (nn.Parameter(torch.zeros(4, dim)) for _ in range(2))
 
-    def expansion(self) -> tuple[Tensor, Tensor]:
+    def expansion(self) -> Affine:
         """The same: mostly zeros, whose gradients are two more products, and no sums over the batch."""
         scales = torch.stack([self.input_scale, self.hidden_scale])  # (2, 4, N)
-        width = self.input_reduce.out_features
-        tiles = scales.new_ones(width).diag().repeat(scales.shape[2] // width, 1)  # the paper leaves it open
+        tiles = scales.new_ones(scales.shape[2] // self.reduction).diag().repeat(self.reduction, 1)
         weight = rearrange(scales[..., None] * tiles, "two four n k -> (four n) (two k)")
-        return weight, (self.input_shift + self.hidden_shift).flatten()
+        return weight, (self.input_shift + self.hidden_shift).view(1, -1)
+
+    def expand(self, x: Tensor, *expansion: Any) -> Tensor:
+        weight, bias, *late = expansion
+        if not late:
+            return affine(x, weight, bias)
+        u, v = (z.repeat(1, self.reduction)[:, None] for z in x.chunk(2, dim=1))  # the paper leaves it open
+        y = self.input_scale.detach() * u + self.hidden_scale.detach() * v  # (B, 4, N)
+        return Report.apply(y.flatten(1).to(x.dtype), x.detach(), *late) + bias
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None, *late: Tensor) -> Tensor:
+    """x weight' + bias (..., B, K) of x (..., B, N)."""
+    y = x @ weight.to(x.dtype).mT
+    y = Report.apply(y, x.detach(), *late) if late else y
+    return y if bias is None else y + bias
+
+
+def late(maps: Sequence[Affine], like: Tensor, count: int) -> list[list[Affine]]:
+    """Maps for each of `count` uses by inputs like `like`: their gradients are calculated in one product."""
+    uses = [StandIns.apply(weight, bias, like, count) for weight, bias in maps]
+    fixed = [(weight.detach(), None if bias is None else bias.detach()) for weight, bias in maps]
+    return [
+        [(*f, *use[i : i + 2]) for f, use in zip(fixed, uses, strict=True)] for i in range(0, 2 * count, 2)
+    ]
+
+
+class StandIns(torch.autograd.Function):
+    """Empty tensors for x and y of `count` products with a weight: Report makes x and dy their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Any, like: Tensor, count: int) -> tuple[Tensor, ...]:
+        *some, outputs, inputs = weight.shape
+        ctx.has_bias, shapes = bias is not None, [(*some, len(like), n) for n in (inputs, outputs)]
+        return tuple(like.new_empty(1).expand(shape) for shape in shapes * count)
+
+    @staticmethod
+    def backward(ctx: Any, *seen: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *bias = affine_gradients(list(seen[::2]), list(seen[1::2]), ctx.has_bias)
+        return weight, bias[0] if bias else None, None, None
+
+
+class Report(torch.autograd.Function):
+    """y, whose gradient and the x that it was made from are reported to StandIns."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, for_x: Tensor, for_y: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, *ctx.saved_tensors, grad
+
+
+def summed(x: list[Tensor], grads: list[Tensor], bias: bool) -> list[Tensor]:
+    """Of the weight (..., K, N), and of the bias (..., 1, K) if there is one, float32, over all products."""
+    rows, others = torch.cat(x, -2), torch.cat(grads, -2)
+    sums = [others.sum(-2, keepdim=True, dtype=torch.float32)] if bias else []
+    return [(others.mT @ rows).float(), *sums]
+
+
+def like_summed(x: list[Tensor], grads: list[Tensor], bias: bool) -> list[Tensor]:
+    *some, _, outputs = grads[0].shape
+    shapes = [(*some, outputs, x[0].shape[-1]), *[(*some, 1, outputs)] * bias]
+    return [x[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+# As one call: a compiler would copy each tensor by itself.
+schema = "(Tensor[] x, Tensor[] grads, bool bias) -> Tensor[]"
+affine_gradients = custom_op("uvit_dia::affine_gradients", summed, mutates_args=(), schema=schema)
+affine_gradients.register_fake(like_summed)
 
 
 def reduced(dim: int, reduction: int | None) -> int:
@@ -94,29 +186,35 @@ def reduced(dim: int, reduction: int | None) -> int:
     return dim // reduction
 
 
-class DIALSTM(nn.Module):
+class DIALSTM(OfMean):
     """DIA-LSTM: stacked cells, the first squeezed by `reduction`; the top hidden vector is the gate."""
 
     def __init__(
-        self, dim: int, *, reduction: int | None = 4, num_cells: int = 1, activation: str = "sigmoid"
-    ) -> None:
+        self, dim: int, num_uses: int = 1, *, reduction: int | None = 4, num_cells: int = 1,
+        activation: str = "sigmoid",
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.num_uses = num_uses
         cells = (LSTMCell(dim, None if i else reduction, activation) for i in range(num_cells))
         self.cells = nn.ModuleList(cells)
 
-    def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
-        y = x.mean(1, dtype=torch.float32)  # (B, D)
-        state = state or ((torch.zeros_like(y), torch.zeros_like(y)),) * len(self.cells)
-        new = []
-        for cell, (h, c) in zip(self.cells, state, strict=True):
-            y, c = cell(y.to(x.dtype), h.to(x.dtype), c)
-            new.append((y, c))
-        return rearrange(y, "b d -> b 1 d"), tuple(new)
+    def gate_of(self, y: Tensor, state: State) -> tuple[Tensor, State]:
+        zeros, dtype, new = torch.zeros_like(y, dtype=torch.float32), y.dtype, []
+        trains = in_compiled_gpu_code(y) and torch.is_grad_enabled()
+        cell: Any
+        for i, cell in enumerate(self.cells):
+            begin = (zeros, zeros, *(late(cell.maps(), y, self.num_uses) if trains and not state else ()))
+            h, c, *later = state[i] if state else begin
+            y, c = cell(y.to(dtype), h.to(dtype), c, *(later[0] if later else ()))
+            new.append((y, c, *later[1:]))
+        return y, tuple(new)
 
 
 class DIALSTMLight(DIALSTM):
-    def __init__(self, dim: int, *, reduction: int = 4, activation: str = "sigmoid") -> None:
-        super().__init__(dim, num_cells=0)
+    def __init__(
+        self, dim: int, num_uses: int = 1, *, reduction: int = 4, activation: str = "sigmoid"
+    ) -> None:
+        super().__init__(dim, num_uses, num_cells=0)
         self.cells.append(LightCell(dim, reduction, activation))
 
 
@@ -131,17 +229,17 @@ class TwoLinears(nn.Module):
         return self.expand(torch.relu(self.reduce(y)))
 
 
-class SE(TwoLinears):
+class SE(OfMean, TwoLinears):
     """Squeeze and excitation (Hu et al. 2018, arXiv 1709.01507, eq. 2-4) of the mean. 2N²/r parameters."""
 
     def __init__(self, dim: int, *, reduction: int = 16) -> None:
         super().__init__(dim, reduced(dim, reduction), dim, bias=False)
 
-    def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
-        return to_gate(self.process(x.mean(1))), state
+    def gate_of(self, y: Tensor, state: State) -> tuple[Tensor, State]:
+        return torch.sigmoid(self.process(y).float()), state
 
 
-class ECA(nn.Module):
+class ECA(OfMean):
     """Efficient channel attention (Wang et al. 2020, arXiv 1910.03151) of the mean."""
 
     def __init__(self, dim: int) -> None:
@@ -149,8 +247,8 @@ class ECA(nn.Module):
         k = int((math.log2(dim) + 1) / 2) | 1  # eq. 12: the next odd width if that is even
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
 
-    def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
-        return to_gate(self.conv(rearrange(x.mean(1), "b d -> b 1 d"))[:, 0]), state
+    def gate_of(self, y: Tensor, state: State) -> tuple[Tensor, State]:
+        return torch.sigmoid(self.conv(y[:, None])[:, 0].float()), state
 
 
 class CBAM(TwoLinears):
@@ -196,7 +294,7 @@ class SPA(TwoLinears):
         return to_gate(self.process(rearrange(pools, "b cells d -> b (cells d)"))), state
 
 
-class SEM(TwoLinears):
+class SEM(OfMean, TwoLinears):
     """Switchable excitation (Zhong et al. 2022, arXiv 2209.05680): FC, convolution, channel-wise branches."""
 
     def __init__(self, dim: int, *, reduction: int = 16) -> None:
@@ -204,12 +302,10 @@ class SEM(TwoLinears):
         self.switch, self.conv = nn.Linear(dim, 3), ECA(dim).conv
         self.scale, self.shift = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.full((dim,), -1.0))
 
-    def forward(self, x: Tensor, state: State, place: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
-        y = x.mean(1)  # (B, D)
+    def gate_of(self, y: Tensor, state: State) -> tuple[Tensor, State]:
         a, b, c = torch.sigmoid(self.switch(y)).split(1, dim=1)  # (B, 1) each
-        conv = self.conv(rearrange(y, "b d -> b 1 d"))[:, 0]
-        channel = self.scale * y + self.shift
-        return to_gate(a * self.process(y)) * to_gate(b * conv) * to_gate(c * channel), state
+        branches = a * self.process(y), b * self.conv(y[:, None])[:, 0], c * (self.scale * y + self.shift)
+        return torch.stack([torch.sigmoid(z.float()) for z in branches]).prod(0), state
 
 
 class SPEM(nn.Module):
@@ -322,30 +418,39 @@ class SharedUnit(nn.Module):
     def __init__(self, config: UnitConfig, dim: int, stages: Stages = ("all",), num_extra: int = 0) -> None:
         super().__init__()
         self.config, self.dim, self.stages, self.num_extra = config, dim, list(stages), num_extra
+        self.num_skipped = num_extra if config.pool == "patches" else 0
         owner = {"all": ["all"] * len(stages), "stage": stages, "none": range(len(stages))}[config.sharing]
         groups = [list(blocks) for _, blocks in groupby(equipped(config.blocks, stages), owner.__getitem__)]
         self.route = {b: (i, place) for i, blocks in enumerate(groups) for place, b in enumerate(blocks)}
-        kind, has_norms = UNITS[config.kind], config.kind in ("cbam", "srm")
+        kind, counts = UNITS[config.kind], config.kind in ("cbam", "srm", "dia_lstm", "dia_lstm_light")
         options = {k: v for k, v in config.as_dict().items() if k in getfullargspec(kind).kwonlyargs}
-        self.units = nn.ModuleList(kind(dim, *[len(b)] * has_norms, **options) for b in groups)
+        self.units = nn.ModuleList(kind(dim, *[len(b)] * counts, **options) for b in groups)
 
     def forward(self, x: Tensor, state: State, block: int = 0, grid: Grid = None) -> tuple[Tensor, State]:
         if block not in self.route:
             return x, state
-        i, place = self.route[block]
-        if self.config.sharing == "stage" and place == 0:
-            state = None
-        patches = x[:, self.num_extra if self.config.pool == "patches" else 0 :]
-        gate, state = self.units[i](patches, state, place, grid)  # (B, 1 or N, D)
+        unit, place, state = self.begin(block, state)
+        gate, state = unit(x[:, self.num_skipped :], state, place, grid)  # (B, 1 or N, D)
         gate = self.config.gate_scale * gate
         if self.config.kind == "cbam":  # a gate of patches: the extra tokens keep factor 1
             gate = F.pad(gate, (0, 0, self.num_extra, 0), value=1.0)
         gate = stored(gate) if torch.compiler.is_compiling() else gate
-        if in_compiled_gpu_code(x) and gate.shape[1] == 1:
-            from uvit_dia.fused_gradients import Scale
-
-            return Scale.apply(x, gate.expand(len(x), 1, -1)), state
         return (x * gate).to(x.dtype), state
+
+    def begin(self, block: int, state: State) -> tuple[Any, int, State]:
+        """A block's unit, its place among those that share it, and the state that it starts from."""
+        i, place = self.route[block]
+        return self.units[i], place, None if self.config.sharing == "stage" and place == 0 else state
+
+    def sees_mean(self, block: int) -> bool:
+        """Whether the block's unit sees no more of the tokens from `num_skipped` on than their mean."""
+        return block in self.route and type(self.units[self.route[block][0]]).forward is OfMean.forward
+
+    def gate_of(self, mean: Tensor, state: State, block: int) -> tuple[Tensor, State]:
+        """Such a unit's gate (B, D), float32, of that mean (B, D)."""
+        unit, _, state = self.begin(block, state)
+        gate, state = unit.gate_of(mean, state)
+        return self.config.gate_scale * gate, state
 
     def penalty(self) -> Tensor | None:
         penalties = [unit.penalty() for unit in self.units if isinstance(unit, SPEM)]

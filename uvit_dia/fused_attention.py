@@ -87,9 +87,10 @@ def queries_kernel(qkv, out, lse, grad, dqkv, delta, H: tl.constexpr, E: tl.cons
 def add_queries(q, grad, lse, delta, first, end, k, v, dk, dv, H: tl.constexpr, n: tl.constexpr):
     """What n queries add to the gradients of the keys and values."""
     rows = first + tl.arange(0, n)
-    x = tl.load(at(q, first, 3 * H * D, n), (rows < end)[:, None], 0.0)
-    dy = tl.load(at(grad, first, H * D, n), (rows < end)[:, None], 0.0)
-    z, inner = tl.load(lse + rows, rows < end, 0.0), tl.load(delta + rows, rows < end, 0.0)
+    here = (rows < end) | (n > FEW)  # patches fill their tiles
+    x = tl.load(at(q, first, 3 * H * D, n), here[:, None], 0.0)
+    dy = tl.load(at(grad, first, H * D, n), here[:, None], 0.0)
+    z, inner = tl.load(lse + rows, here, 0.0), tl.load(delta + rows, here, 0.0)
     p = tl.exp2(tl.dot(k, tl.trans(x)) * (LOG2E / D**0.5) - z[None])  # (TILE, n): transposed
     ds = p * (tl.dot(v, tl.trans(dy)) - inner[None])
     return tl.dot(ds.to(x.dtype), x, dk), tl.dot(p.to(x.dtype), dy, dv)

@@ -35,6 +35,11 @@ BACKENDS = [Backend.CUDNN_ATTENTION, Backend.FLASH_ATTENTION, Backend.EFFICIENT_
 Labels = Tensor | None  # (B,) integers; None for a model without classes
 
 
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 @dataclass
 class UViTOutput(BaseOutput):
     """sample: (B, C, H, W), the network's prediction; penalty: what the unit adds to the loss, or None."""
@@ -69,11 +74,10 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.heads(x))
+        return self.proj(self.heads(self.qkv(x)))
 
-    def heads(self, x: Tensor) -> Tensor:
-        """What the heads see, side by side: (B, L, D)."""
-        qkv = self.qkv(x)
+    def heads(self, qkv: Tensor) -> Tensor:
+        """What the heads see, side by side (B, L, D), of qkv (B, L, 3D)."""
         if in_compiled_gpu_code(qkv) and self.has_kernels(qkv):
             from uvit_dia.fused_attention import FusedAttention
 
@@ -120,7 +124,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
     ) -> tuple[Tensor, State]:
-        if in_compiled_gpu_code(x) and self.is_plain():
+        if in_compiled_gpu_code(x) and self.is_plain(unit):
             return self.fused(x, skip, unit, state, number, grid)
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
@@ -132,30 +136,43 @@ class Block(nn.Module):
         y = self.mlp(n)
         return x + y if self.residuals else y, state
 
-    def is_plain(self) -> bool:
+    def is_plain(self, unit: SharedUnit | None) -> bool:
         """Whether it may run without calling its parts: none is left out, replaced or has a hook."""
         known = (Block, Attention, Mlp, Linear, nn.LayerNorm)
-        hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in self.modules()]
-        hooks += [(*m._backward_hooks, *m._backward_pre_hooks) for m in self.modules()]
+        called = [*self.modules(), *([] if unit is None else unit.modules())]
+        hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in called]
+        hooks += [(*m._backward_hooks, *m._backward_pre_hooks) for m in called]
         return self.residuals and all(type(m) in known for m in self.modules()) and not any(hooks)
 
     def fused(
         self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
     ) -> tuple[Tensor, State]:
         """The same, with each bias added where its gradient needs no pass of its own."""
-        from uvit_dia.fused_gradients import BiasGELU, FusedNorm
+        from uvit_dia.fused_layers import BiasGELU, FusedNorm, GatedNorm, PooledNorm, product
 
-        norm1, norm2, proj, fc1, fc2 = self.norm1, self.norm2, self.attn.proj, self.mlp.fc1, self.mlp.fc2
-        before, after = (torch.zeros_like(proj.bias) for _ in range(2))  # compilers take none twice
+        def times(x: Tensor, weight: Tensor) -> Tensor:
+            x, rounded = x.to(dtype), weight.detach().to(dtype)
+            return product(x, weight, rounded) if torch.is_grad_enabled() else F.linear(x, rounded)
+
+        norm1, norm2, attn, fc1, fc2 = self.norm1, self.norm2, self.attn, self.mlp.fc1, self.mlp.fc2
+        dtype = dtype_of_products(x)
+        before, after = (torch.zeros_like(fc2.bias) for _ in range(2))  # compilers take none twice
         if self.skip_linear is not None and skip is not None:
-            before = self.skip_linear.bias
-            x = F.linear(torch.cat([x, skip], dim=-1), self.skip_linear.weight)
+            own, others = self.skip_linear.weight.chunk(2, 1)  # faster than one product of a concatenation
+            before, x = self.skip_linear.bias, times(x, own) + times(skip, others)
         x, n = FusedNorm.apply(x, norm1.weight, norm1.bias, before, after)
-        y = F.linear(self.attn.heads(n), proj.weight)
-        x, n = FusedNorm.apply(x + y, norm2.weight, norm2.bias, proj.bias, fc2.bias)
-        if unit is not None:
-            n, state = unit(n, state, number, grid)
-        y = F.linear(BiasGELU.apply(F.linear(n, fc1.weight), fc1.bias), fc2.weight)
+        y = times(n, attn.qkv.weight)
+        y = times(attn.heads(y if attn.qkv.bias is None else y + attn.qkv.bias), attn.proj.weight)
+        parts = (norm2.weight, norm2.bias, attn.proj.bias, fc2.bias)
+        if unit is not None and unit.sees_mean(number):
+            x, mean, *stats = PooledNorm.apply(x, y, *parts, unit.num_skipped)
+            gate, state = unit.gate_of(mean.to(dtype), state, number)
+            n = GatedNorm.apply(x, *stats[:2], norm2.weight, norm2.bias, fc2.bias, gate, *stats[2:])
+        else:
+            x, n = FusedNorm.apply(x + y, *parts)
+            if unit is not None:
+                n, state = unit(n, state, number, grid)
+        y = times(BiasGELU.apply(times(n, fc1.weight), fc1.bias), fc2.weight)
         return x + y, state
 
 
@@ -255,9 +272,7 @@ class UViT(ModelMixin, ConfigMixin):
         patches = rearrange(self.patch_embed["proj"](sample.to(self.pos_embed.dtype)), "b d h w -> b (h w) d")
         x = torch.cat([*tokens, patches], dim=1) + self.pos_embed
         # Under bf16 the residuals are bf16 too: half the bytes, float32's range, and the same losses to 1e-4.
-        device = x.device.type
-        bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-        return x.bfloat16() if bf16 else x
+        return x.bfloat16() if dtype_of_products(x) == torch.bfloat16 else x
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, State]:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton", reason="this build of torch has no Triton")
-from uvit_dia.fused_gradients import BiasGELU, FusedNorm, Scale
+from uvit_dia.fused_layers import BiasGELU, FusedNorm, GatedNorm, PooledNorm, product
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # An interpreter calculates with numpy, which has no bfloat16.
 DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * HAS_GPU]
-BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def results(function: Callable, tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -58,12 +58,35 @@ def test_gelu_after_a_bias(shape: tuple[int, int, int], dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 65, 128), (1030, 3, 16), *[(9, 257, 512)] * HAS_GPU])
-def test_a_scale_by_a_gate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("skipped", [0, 2])
+@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 65, 128), (1, 7, 1152), *[(9, 257, 512)] * HAS_GPU])
+def test_a_norm_that_is_pooled_and_gated(
+    shape: tuple[int, int, int], skipped: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    x, grad = torch.randn(2, *shape, device=DEVICE).to(dtype)
-    gate = torch.rand(len(x), 1, shape[-1], device=DEVICE)
-    check(Scale.apply, lambda x, gate: x * gate, [x, gate], [grad])
+    dim = shape[-1]
+    mix = torch.randn(dim, dim, device=DEVICE) / dim**0.5  # what stands for a unit
+
+    def ours(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        out, mean, *stats = PooledNorm.apply(x, y, weight, bias, *others, skipped)
+        gate = torch.sigmoid(mean @ mix)
+        return out, GatedNorm.apply(out, *stats[:2], weight, bias, others[1], gate, *stats[2:])
+
+    def exact(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        z = x + y + others[0]
+        n = F.layer_norm(z, weight.shape, weight, bias)
+        return z + others[1], n * torch.sigmoid(n[:, skipped:].mean(1, keepdim=True) @ mix.double())
+
+    x, y, *grads = 2 + torch.randn(4, *shape, device=DEVICE).to(dtype)
+    check(ours, exact, [x, y, *torch.rand(4, dim, device=DEVICE)], grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_rounds_its_weight_and_not_that_weight_s_gradient(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(3, 65, 40, device=DEVICE).to(dtype), torch.randn(3, 65, 24, device=DEVICE).to(dtype)
+    weight = torch.randn(24, 40, device=DEVICE)
+    check(lambda x, w: product(x, w, w.detach().to(dtype)), F.linear, [x, weight], [grad])
 
 
 def test_gelu_is_exact_everywhere() -> None:
