@@ -151,6 +151,19 @@ def test_a_network_is_the_same_with_the_kernels(settings: dict, gated: int, chec
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(HAS_GPU, reason="as the interpreter on a CPU calculates")
+@pytest.mark.parametrize("kind", [None, "se", "dia_lstm_light"])
+def test_under_autocast_too_and_attention_gets_half_types(kind: str | None) -> None:
+    model = randomized(qkv_bias=True, unit={"kind": kind} if kind else None)
+    with torch.autocast("cpu", torch.float16):
+        expected = outputs(model)
+    only_half = patch.object(Attention, "has_kernels", lambda self, qkv: qkv.dtype == torch.float16 or 1 / 0)
+    with as_compiled_for_a_gpu(), torch.autocast("cpu", torch.float16), only_half:
+        got = outputs(model)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert error(mine, theirs) < 0.03
+
+
 class Replaced(nn.Module):
     """An adapter around a linear layer, as LoRA's, whose weight is the layer's."""
 

@@ -305,7 +305,8 @@ class SEM(OfMean, TwoLinears):
     def gate_of(self, y: Tensor, state: State) -> tuple[Tensor, State]:
         a, b, c = torch.sigmoid(self.switch(y)).split(1, dim=1)  # (B, 1) each
         branches = a * self.process(y), b * self.conv(y[:, None])[:, 0], c * (self.scale * y + self.shift)
-        return torch.stack([torch.sigmoid(z.float()) for z in branches]).prod(0), state
+        a, b, c = (torch.sigmoid(z.float()) for z in branches)
+        return a * b * c, state
 
 
 class SPEM(nn.Module):

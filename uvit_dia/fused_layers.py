@@ -17,7 +17,7 @@ from torch.library import custom_op
 # log2(1 - Phi(a)) by falling powers of a >= 0: 1 - Phi to a relative 6e-5 up to 5.5, and falling on beyond.
 TAIL = (-1.302623e-6, 5.265118e-5, -8.726065e-4, 0.00832637, -0.05367626, -0.4586686, -1.151198, -0.9999975)
 T7, T6, T5, T4, T3, T2, T1, T0 = map(tl.constexpr, TAIL)  # Triton 3.3 has no tuples of them
-MIXED = "dtype" in torch.ops.aten.mm.overloads()  # products of torch 2.8 and later take an out_dtype
+MIXED = torch.__version__ >= "2.11"  # products take an out_dtype; compilers before do not trace it
 EPS = tl.constexpr(1e-5)  # of nn.LayerNorm
 ROWS = tl.constexpr(4)  # tokens that a warp reads at a time: enough are under way then
 B2, B0 = tl.constexpr(-math.log2(math.e) / 2), tl.constexpr(-math.log2(2 * math.pi) / 2)  # log2 of the bell
@@ -257,8 +257,7 @@ class BiasGELU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, bias = ctx.saved_tensors
-        dx, parts = gelu(x, bias, grad)
+        dx, parts = gelu(ctx.saved_tensors[0], ctx.saved_tensors[1], grad)
         return dx, parts.sum(0)
 
 
@@ -270,7 +269,7 @@ def keep_product(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 def product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     x, rounded = ctx.saved_tensors
     a, b = grad.flatten(0, 1).T, x.flatten(0, 1)
-    mixed = MIXED and grad.is_cuda and grad.dtype != ctx.dtype
+    mixed = MIXED and grad.is_cuda and grad.dtype != ctx.dtype == torch.float32
     return grad @ rounded, torch.mm(a, b, out_dtype=ctx.dtype) if mixed else cast(a @ b, ctx.dtype), None
 
 

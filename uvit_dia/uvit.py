@@ -162,7 +162,7 @@ class Block(nn.Module):
             before, x = self.skip_linear.bias, times(x, own) + times(skip, others)
         x, n = FusedNorm.apply(x, norm1.weight, norm1.bias, before, after)
         y = times(n, attn.qkv.weight)
-        y = times(attn.heads(y if attn.qkv.bias is None else y + attn.qkv.bias), attn.proj.weight)
+        y = times(attn.heads(y if attn.qkv.bias is None else (y + attn.qkv.bias).to(dtype)), attn.proj.weight)
         parts = (norm2.weight, norm2.bias, attn.proj.bias, fc2.bias)
         if unit is not None and unit.sees_mean(number):
             x, mean, *stats = PooledNorm.apply(x, y, *parts, unit.num_skipped)
