@@ -257,7 +257,8 @@ class BiasGELU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        dx, parts = gelu(ctx.saved_tensors[0], ctx.saved_tensors[1], grad)
+        x, bias = ctx.saved_tensors  # read once: checkpointing allows no more
+        dx, parts = gelu(x, bias, grad)
         return dx, parts.sum(0)
 
 
