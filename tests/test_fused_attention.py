@@ -21,9 +21,9 @@ from uvit_dia.attach import attach
 from uvit_dia.uvit import Attention, UViT
 
 pytest.importorskip("triton", reason="this build of torch has no Triton")
-from uvit_dia.attention_units import StandIns
 from uvit_dia.fused_attention import FusedAttention
 from uvit_dia.fused_layers import BiasGELU, FusedNorm, GatedNorm, PooledNorm
+from uvit_dia.late_gradients import StandIns
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ORDER = """errors random_keys fused_layers attention_units fused_attention uvit attach data diffusion
-pipeline checkpoint posthoc trainer sampling evaluation""".split()
+ORDER = """errors random_keys fused_layers late_gradients attention_units fused_attention uvit attach
+data diffusion pipeline checkpoint posthoc trainer sampling evaluation""".split()
 
 
 def modules() -> dict[str, Path]:

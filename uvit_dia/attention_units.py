@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.library import custom_op
 
 from uvit_dia.errors import ConfigError, check_fields, one_of
+from uvit_dia.late_gradients import Affine, affine, late
 
 State = tuple[tuple[Any, ...], ...] | None  # (hidden, cell) of each cell, (B, D), float32; then later maps
-Affine = tuple[Any, ...]  # weight (..., K, N), bias (..., 1, K) or None; of a late one its two stand-ins
 Grid = tuple[int, int] | None  # height and width in patches; None: a square
 Stages = Sequence[str]  # the stage of each block
 
@@ -68,7 +68,7 @@ class LSTMCell(nn.Module):
         x = torch.stack([y, h])  # both paths in one product: launching two costs more
         if squeeze:
             x = torch.relu(affine(x, *squeeze[0])).to(y.dtype)  # (2, B, N/r)
-        gates = self.expand(rearrange(x, "two b k -> b (two k)"), *expand).float()
+        gates = affine(rearrange(x, "two b k -> b (two k)"), *expand).float()
         i, f, g, o = gates.chunk(4, dim=-1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * getattr(torch, self.activation)(c), c
@@ -85,10 +85,6 @@ class LSTMCell(nn.Module):
         a, b = self.input_expand, self.hidden_expand
         return torch.cat([a.weight, b.weight], 1), (a.bias + b.bias)[None]  # (4N, 2N/r), (1, 4N)
 
-    def expand(self, x: Tensor, *expansion: Any) -> Tensor:
-        """The gates i, f, g, o (B, 4N) before their activations, of both paths side by side (B, 2N/r)."""
-        return affine(x, *expansion)
-
 
 class LightCell(LSTMCell):
     """DIA-LSTM (Light): both paths squeezed to N/r, then an affine map a gate. 2N²/r + 16N parameters."""
@@ -103,80 +99,10 @@ class LightCell(LSTMCell):
     def expansion(self) -> Affine:
         """The same: mostly zeros, whose gradients are two more products, and no sums over the batch."""
         scales = torch.stack([self.input_scale, self.hidden_scale])  # (2, 4, N)
-        tiles = scales.new_ones(scales.shape[2] // self.reduction).diag().repeat(self.reduction, 1)
+        width = scales.shape[2] // self.reduction
+        tiles = scales.new_ones(width).diag().repeat(self.reduction, 1)  # the paper leaves it open
         weight = rearrange(scales[..., None] * tiles, "two four n k -> (four n) (two k)")
         return weight, (self.input_shift + self.hidden_shift).view(1, -1)
-
-    def expand(self, x: Tensor, *expansion: Any) -> Tensor:
-        weight, bias, *late = expansion
-        if not late:
-            return affine(x, weight, bias)
-        u, v = (z.repeat(1, self.reduction)[:, None] for z in x.chunk(2, dim=1))  # the paper leaves it open
-        y = self.input_scale.detach() * u + self.hidden_scale.detach() * v  # (B, 4, N)
-        return Report.apply(y.flatten(1).to(x.dtype), x.detach(), *late) + bias
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None, *late: Tensor) -> Tensor:
-    """x weight' + bias (..., B, K) of x (..., B, N)."""
-    y = x @ weight.to(x.dtype).mT
-    y = Report.apply(y, x.detach(), *late) if late else y
-    return y if bias is None else y + bias
-
-
-def late(maps: Sequence[Affine], like: Tensor, count: int) -> list[list[Affine]]:
-    """Maps for each of `count` uses by inputs like `like`: their gradients are calculated in one product."""
-    uses = [StandIns.apply(weight, bias, like, count) for weight, bias in maps]
-    fixed = [(weight.detach(), None if bias is None else bias.detach()) for weight, bias in maps]
-    return [
-        [(*f, *use[i : i + 2]) for f, use in zip(fixed, uses, strict=True)] for i in range(0, 2 * count, 2)
-    ]
-
-
-class StandIns(torch.autograd.Function):
-    """Empty tensors for x and y of `count` products with a weight: Report makes x and dy their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Any, like: Tensor, count: int) -> tuple[Tensor, ...]:
-        *some, outputs, inputs = weight.shape
-        ctx.has_bias, shapes = bias is not None, [(*some, len(like), n) for n in (inputs, outputs)]
-        return tuple(like.new_empty(1).expand(shape) for shape in shapes * count)
-
-    @staticmethod
-    def backward(ctx: Any, *seen: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *bias = affine_gradients(list(seen[::2]), list(seen[1::2]), ctx.has_bias)
-        return weight, bias[0] if bias else None, None, None
-
-
-class Report(torch.autograd.Function):
-    """y, whose gradient and the x that it was made from are reported to StandIns."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, for_x: Tensor, for_y: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None, *ctx.saved_tensors, grad
-
-
-def summed(x: list[Tensor], grads: list[Tensor], bias: bool) -> list[Tensor]:
-    """Of the weight (..., K, N), and of the bias (..., 1, K) if there is one, float32, over all products."""
-    rows, others = torch.cat(x, -2), torch.cat(grads, -2)
-    sums = [others.sum(-2, keepdim=True, dtype=torch.float32)] if bias else []
-    return [(others.mT @ rows).float(), *sums]
-
-
-def like_summed(x: list[Tensor], grads: list[Tensor], bias: bool) -> list[Tensor]:
-    *some, _, outputs = grads[0].shape
-    shapes = [(*some, outputs, x[0].shape[-1]), *[(*some, 1, outputs)] * bias]
-    return [x[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
-
-
-# As one call: a compiler would copy each tensor by itself.
-schema = "(Tensor[] x, Tensor[] grads, bool bias) -> Tensor[]"
-affine_gradients = custom_op("uvit_dia::affine_gradients", summed, mutates_args=(), schema=schema)
-affine_gradients.register_fake(like_summed)
 
 
 def reduced(dim: int, reduction: int | None) -> int:
@@ -423,7 +349,8 @@ class SharedUnit(nn.Module):
         owner = {"all": ["all"] * len(stages), "stage": stages, "none": range(len(stages))}[config.sharing]
         groups = [list(blocks) for _, blocks in groupby(equipped(config.blocks, stages), owner.__getitem__)]
         self.route = {b: (i, place) for i, blocks in enumerate(groups) for place, b in enumerate(blocks)}
-        kind, counts = UNITS[config.kind], config.kind in ("cbam", "srm", "dia_lstm", "dia_lstm_light")
+        kind = UNITS[config.kind]
+        counts = len(getfullargspec(kind).args) > 2  # it wants to know how many blocks share it
         options = {k: v for k, v in config.as_dict().items() if k in getfullargspec(kind).kwonlyargs}
         self.units = nn.ModuleList(kind(dim, *[len(b)] * counts, **options) for b in groups)
 

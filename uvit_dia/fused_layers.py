@@ -240,7 +240,7 @@ class GatedNorm(torch.autograd.Function):
 
 def gelu(x: Tensor, bias: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
     x, out, (rows, programs) = x.contiguous(), x.new_empty(x.shape), share(x.numel() // len(bias), 1024)
-    parts = x.new_empty(programs, len(bias), dtype=torch.float32)
+    parts = x if grad is None else x.new_empty(programs, len(bias), dtype=torch.float32)
     args = (x, bias, x if grad is None else grad.contiguous(), out, parts, x.numel() // len(bias), rows)
     grid = (-(-len(bias) // 256), programs)
     gelu_kernel[grid](*args, D=len(bias), COLS=256, BACK=grad is not None, num_warps=1)
