@@ -158,7 +158,7 @@ class Block(nn.Module):
         dtype = dtype_of_products(x)
         before, after = (torch.zeros_like(fc2.bias) for _ in range(2))  # compilers take none twice
         if self.skip_linear is not None and skip is not None:
-            own, others = self.skip_linear.weight.chunk(2, 1)  # faster than one product of a concatenation
+            own, others = self.skip_linear.weight.chunk(2, 1)  # so that no concatenation is written
             before, x = self.skip_linear.bias, times(x, own) + times(skip, others)
         x, n = FusedNorm.apply(x, norm1.weight, norm1.bias, before, after)
         y = times(n, attn.qkv.weight)
