@@ -19,12 +19,12 @@ from accelerate import Accelerator
 from analysis import ANALYSES, EDGES, AnalyzeConfig, Numbers, Subject, variants
 from exit_codes import run
 from matplotlib.figure import Figure
-from run_config import Parser
+from run_config import Parser, make_accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from uvit_dia.data import Batches
-from uvit_dia.trainer import TrainingDiverged, build, fit, make_accelerator
+from uvit_dia.trainer import TrainingDiverged, build, fit
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from einops import rearrange
 from exit_codes import run
 from jsonargparse.typing import PositiveInt
-from run_config import Config
+from run_config import Config, make_accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -39,7 +39,7 @@ from uvit_dia.errors import ConfigError, check_place, one_of
 from uvit_dia.evaluation import extract, load_extractor, versions
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.sampling import generate
-from uvit_dia.trainer import build, check_divides, fit, make_accelerator
+from uvit_dia.trainer import build, check_divides, fit
 from uvit_dia.uvit import Attention, Patches, UViT
 
 SCRIPTS = Path(__file__).resolve().parent

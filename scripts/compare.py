@@ -38,7 +38,7 @@ from train import claim, provenance
 
 from uvit_dia.data import load_images
 from uvit_dia.errors import UserError
-from uvit_dia.trainer import check_divides, check_labels
+from uvit_dia.trainer import check_divides
 from uvit_dia.uvit import UViT
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -145,7 +145,7 @@ def check(runs: list[Run]) -> None:
         wanted = (one.config.data, "train", model["sample_size"], model["in_channels"])
         if repr(wanted) not in num_labels:
             num_labels[repr(wanted)] = load_images(*wanted).num_labels
-        check_labels(num_labels[repr(wanted)], model["num_classes"], model["null_label"])
+        run_config.check_labels(num_labels[repr(wanted)], model["num_classes"], model["null_label"])
         there = run_config.load(one.folder.config) if one.folder.config.is_file() else one.config
         for section in ("model", *run_config.SECTIONS):
             ours, theirs = (run_config.plain(asdict(settings)[section]) for settings in (one.config, there))

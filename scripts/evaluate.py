@@ -35,7 +35,6 @@ from uvit_dia.evaluation import (
 )
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.sampling import SampleConfig, load_pipeline
-from uvit_dia.trainer import make_accelerator
 
 
 def main() -> None:
@@ -62,7 +61,7 @@ def main() -> None:
     sample = SampleConfig(**(asdict(known.sample) if known else {}) | given.pop("sample", {}))
     options = {key: value for key, value in given.items() if key in EvaluateConfig.__annotations__}
     settings = EvaluateConfig(**(asdict(known.evaluate) if known else {}) | options)
-    accelerator = make_accelerator(sample.precision)
+    accelerator = run_config.make_accelerator(sample.precision)
 
     if given.get("generated"):
         score_folder(given, known, settings, accelerator)

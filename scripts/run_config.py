@@ -1,13 +1,19 @@
-"""A run's Config: the parts' dataclasses joined, read from layered YAML and the command line."""
+"""A run's Config: the parts' dataclasses joined, read from YAML and the command line; and its accelerator."""
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from datetime import timedelta
 from inspect import getsource
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from uvit_dia.attention_units import UNITS
@@ -164,3 +170,37 @@ def load(path: Path, parser: Parser | None = None) -> Config:
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
     """A copy of settings that shares nothing, with lists for tuples."""
     return json.loads(json.dumps(settings))
+
+
+def make_accelerator(precision: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+    """A script's accelerator, whose trackers write to `folder`; ConfigError for one that is not installed."""
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if missing := [name for name in trackers if name not in installed]:
+        raise ConfigError("train.trackers", missing[0], f"one that is installed: {', '.join(installed)}")
+    cpu = not torch.cuda.is_available()  # Apple's GPUs read a copy before it is whole (pytorch issue 189690)
+    if cpu and precision == "fp16":
+        raise ConfigError("precision", precision, "fp32 or bf16 on a CPU")
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        cpu=cpu,  # said, or two CPU processes would be two runs
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=list(trackers) or None,  # accelerate warns of an empty list
+        project_dir=folder,
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+    )
+    if accelerator.device.type == "cpu":  # the launcher's default is one thread a process
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return accelerator
+
+
+def check_labels(num_labels: int | None, num_classes: int | None, null_label: int | None) -> None:
+    """ConfigError where a conditional model and the labels of a data set do not go together."""
+    if num_classes is None:
+        return
+    if num_labels is None:
+        raise ConfigError("model.num_classes", num_classes, "null, as the data has no labels")
+    if num_labels > num_classes - (null_label is not None):
+        room = "one row a label" + (" and one for null_label" if null_label is not None else "")
+        raise ConfigError("model.num_classes", num_classes, f"{room}: the data has {num_labels} labels")
+    if null_label is not None and null_label < num_labels:
+        raise ConfigError("model.null_label", null_label, f"none of the data's labels, 0 to {num_labels - 1}")

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from uvit_dia.checkpoint import RunFolder, writing
 from uvit_dia.errors import UserError, check_place
 from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline
-from uvit_dia.trainer import make_accelerator
 
 
 def main() -> int:
@@ -35,7 +34,7 @@ def main() -> int:
         if next(Path(given.dir).glob("*.png"), None):
             raise UserError(f"--dir: there are images in {given.dir} already; name another folder")
 
-    accelerator = make_accelerator(settings.precision)
+    accelerator = run_config.make_accelerator(settings.precision)
     pipeline, _ = load_pipeline(given.source, accelerator.device)
     pipeline.check(settings.guidance_scale, settings.steps, settings.class_label)
     shown = []

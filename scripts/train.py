@@ -48,7 +48,7 @@ def main() -> int:
     folder = RunFolder(settings.output_dir)
     check_free(folder, parsed.resume)
     logs = folder.root / "tensorboard"
-    accelerator = trainer.make_accelerator(settings.train.precision, settings.train.trackers, logs)
+    accelerator = run_config.make_accelerator(settings.train.precision, settings.train.trackers, logs)
     with company(accelerator):
         state, batches = prepare(settings, folder, parsed.resume, accelerator)
         code = train(state, batches, settings, folder)
@@ -68,7 +68,7 @@ def prepare(
     model = state.model.config
     with accelerator.local_main_process_first():  # one process a machine downloads
         images = load_images(settings.data, "train", model.sample_size, model.in_channels)
-    trainer.check_labels(images.num_labels, model.num_classes, model.null_label)
+    run_config.check_labels(images.num_labels, model.num_classes, model.null_label)
     batches = Batches(
         images, settings.data, wanted.batch_size, wanted.seed,
         accelerator.device, accelerator.process_index, accelerator.num_processes,

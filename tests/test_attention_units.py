@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmark import parameter_savings
+from run_config import make_accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -365,7 +366,7 @@ def make_state():
     def make(unit: dict) -> trainer.TrainState:
         model = dict(sample_size=8, embed_dim=16, depth=2, num_heads=2, unit=unit)
         config = trainer.TrainConfig(batch_size=2, ema_decay=0.9)
-        return trainer.build(config, DiffusionConfig(), model, trainer.make_accelerator("fp32"))
+        return trainer.build(config, DiffusionConfig(), model, make_accelerator("fp32"))
 
     return make
 

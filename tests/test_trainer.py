@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from accelerate import Accelerator
+from run_config import check_labels, make_accelerator
 
 from uvit_dia import checkpoint
 from uvit_dia.checkpoint import BadCheckpoint
@@ -19,11 +20,9 @@ from uvit_dia.trainer import (
     TrainingDiverged,
     TrainState,
     build,
-    check_labels,
     draw,
     fit,
     learning_rate,
-    make_accelerator,
     summary,
 )
 

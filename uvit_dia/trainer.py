@@ -7,19 +7,16 @@ not finite raises a flag on the device that masks every later optimizer step; th
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.tracking import get_available_trackers
 from diffusers import DDPMScheduler
 from ema_pytorch import EMA, KarrasEMA
 from torch import Tensor, nn
@@ -175,45 +172,11 @@ class TrainState:
         self.taken.fill_(self.step)
 
 
-def make_accelerator(precision: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
-    """A script's accelerator, whose trackers write to `folder`; ConfigError for one that is not installed."""
-    installed = [tracker.value for tracker in get_available_trackers()]
-    if missing := [name for name in trackers if name not in installed]:
-        raise ConfigError("train.trackers", missing[0], f"one that is installed: {', '.join(installed)}")
-    cpu = not torch.cuda.is_available()  # Apple's GPUs read a copy before it is whole (pytorch issue 189690)
-    if cpu and precision == "fp16":
-        raise ConfigError("precision", precision, "fp32 or bf16 on a CPU")
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        cpu=cpu,  # said, or two CPU processes would be two runs
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=list(trackers) or None,  # accelerate warns of an empty list
-        project_dir=folder,
-        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-    )
-    if accelerator.device.type == "cpu":  # the launcher's default is one thread a process
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    return accelerator
-
-
 def check_divides(config: TrainConfig, num_processes: int) -> None:
     parts = num_processes * config.num_accumulation_steps
     if config.batch_size % parts:
         what = f"{num_processes} processes x {config.num_accumulation_steps} accumulation steps"
         raise ConfigError("train.batch_size", config.batch_size, f"a multiple of {parts} ({what})")
-
-
-def check_labels(num_labels: int | None, num_classes: int | None, null_label: int | None) -> None:
-    """ConfigError where a conditional model and the labels of a data set do not go together."""
-    if num_classes is None:
-        return
-    if num_labels is None:
-        raise ConfigError("model.num_classes", num_classes, "null, as the data has no labels")
-    if num_labels > num_classes - (null_label is not None):
-        room = "one row a label" + (" and one for null_label" if null_label is not None else "")
-        raise ConfigError("model.num_classes", num_classes, f"{room}: the data has {num_labels} labels")
-    if null_label is not None and null_label < num_labels:
-        raise ConfigError("model.null_label", null_label, f"none of the data's labels, 0 to {num_labels - 1}")
 
 
 def build(
