@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton", reason="this build of torch has no Triton")
-from uvit_dia.fused_layers import BiasGELU, FusedNorm, GatedNorm, PooledNorm, product
+from uvit_dia.fused_layers import BiasGELU, FusedNorm, GatedNorm, PooledNorm, added, product, rounded
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -95,3 +95,17 @@ def test_gelu_is_exact_everywhere() -> None:
     ours, theirs = results(BiasGELU.apply, [x, bias], [ones]), results(F.gelu, [x.double()], [ones.double()])
     for got, wanted in zip(ours[:2], theirs, strict=True):  # the value and its slope
         assert torch.allclose(got.double(), wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1000, 512), (3, 129, 40), (2, 5, 137), (4, 1, 7)])
+def test_parts_are_added_one_image_at_a_time(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    parts = torch.randn(shape, device=DEVICE)
+    assert torch.allclose(added(parts).double(), parts.double().sum(1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_rounded_to_the_nearest(dtype: torch.dtype) -> None:
+    weights = [torch.randn(shape, device=DEVICE) for shape in ((24, 40), (3, 5), (1, 1))]
+    for ours, weight in zip(rounded(weights, dtype), weights, strict=True):
+        assert ours.dtype == dtype and torch.equal(ours, weight.to(dtype))

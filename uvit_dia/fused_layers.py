@@ -133,6 +133,25 @@ def gelu_kernel(
         tl.store(parts + part * D + cols, db, mask)
 
 
+@triton.jit
+def sum_kernel(parts, out, count, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """out (images, D): the sums of parts (images, count, D)."""
+    at, cols = tl.program_id(1).to(tl.int64) * count, tl.program_id(0) * COLS + tl.arange(0, COLS)[None]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for i in range(0, count, ROWS):
+        row = i + tl.arange(0, ROWS)[:, None]
+        total += tl.load(parts + (at + row) * D + cols, (row < count) & (cols < D), 0.0)
+    tl.store(out + tl.program_id(1) * D + cols, tl.sum(total, 0, keep_dims=True), cols < D)
+
+
+def added(parts: Tensor) -> Tensor:
+    """parts.sum(1), which compilers make two launches of, or one as slow."""
+    (images, count, dim), rows = parts.shape, min(128, triton.next_power_of_2(parts.shape[1]))
+    out, cols = parts.new_empty(images, dim), 2048 // rows
+    sum_kernel[(-(-dim // cols), images)](parts, out, count, D=dim, ROWS=rows, COLS=cols, num_warps=8)
+    return out
+
+
 def share(tokens: int, programs: int) -> tuple[int, int]:
     """Rows of each program, where there are about so many programs, and how many it takes."""
     rows = -(-tokens // programs)
@@ -157,7 +176,7 @@ def over_tokens(x: Tensor, y: Tensor, *others: Tensor, result: Any = None, skipp
     result = x.new_empty(images, programs, dim, dtype=torch.float32) if sums else result
     args = (x.contiguous(), y.contiguous(), *others, result, tokens, rows, skipped)
     tokens_kernel[(programs, images)](*args, POOL=skipped >= 0, APPLY=not sums, **sizes(x))
-    return result.sum(1) if sums else result
+    return added(result) if sums else result
 
 
 def norm_gradients(
@@ -171,7 +190,7 @@ def norm_gradients(
     gates = (weight, weight) if gate is None else (gate.contiguous(), dpool.contiguous())
     args = (grad.contiguous(), more.contiguous(), x, after, weight, mean, scale, *gates, dx, parts)
     norm_kernel[(programs, images)](*args, tokens, rows, skipped, GATED=gate is not None, **sizes(x))
-    return dx, *parts.sum((0, 1))
+    return dx, *added(parts.view(1, -1, 4 * dim)).view(4, dim)
 
 
 class FusedNorm(torch.autograd.Function):
@@ -259,7 +278,21 @@ class BiasGELU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, bias = ctx.saved_tensors  # read once: checkpointing allows no more
         dx, parts = gelu(x, bias, grad)
-        return dx, parts.sum(0)
+        return dx, added(parts[None])[0]
+
+
+@custom_op("uvit_dia::rounded", mutates_args=())
+def rounded(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Of this type, in one launch: a compiler makes one a weight, and small ones take as long as larger."""
+    out = [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]
+    torch._foreach_copy_(out, weights)
+    return out
+
+
+@custom_op("uvit_dia::product", mutates_args=())  # compilers take seconds to trace 58 autograd.Functions
+def product(x: Tensor, weight: Tensor, low: Tensor) -> Tensor:
+    """x weight' of x (B, L, K) and weight (N, K), given in x's type too: its gradient is not rounded."""
+    return F.linear(x, low)
 
 
 def keep_product(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -268,19 +301,12 @@ def keep_product(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def product_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    x, rounded = ctx.saved_tensors
+    x, low = ctx.saved_tensors
     a, b = grad.flatten(0, 1).T, x.flatten(0, 1)
     mixed = MIXED and grad.is_cuda and grad.dtype != ctx.dtype == torch.float32
-    return grad @ rounded, torch.mm(a, b, out_dtype=ctx.dtype) if mixed else cast(a @ b, ctx.dtype), None
+    return grad @ low, torch.mm(a, b, out_dtype=ctx.dtype) if mixed else cast(a @ b, ctx.dtype), None
 
 
-# x @ weight.T of x (B, L, K) and weight (N, K), given in x's type too: the weight's gradient is not rounded.
-# An operation of its own, as compilers take seconds to trace 58 autograd.Functions.
-product = custom_op(
-    "uvit_dia::product",
-    lambda x, weight, rounded: F.linear(x, rounded),
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor rounded) -> Tensor",
-)
-product.register_fake(lambda x, weight, rounded: x.new_empty(*x.shape[:2], len(rounded)))
+rounded.register_fake(lambda weights, dtype: [w.new_empty(w.shape, dtype=dtype) for w in weights])
+product.register_fake(lambda x, weight, low: x.new_empty(*x.shape[:2], len(low)))
 product.register_autograd(product_gradients, setup_context=keep_product)

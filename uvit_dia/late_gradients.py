@@ -61,13 +61,6 @@ def summed(x: list[Tensor], grads: list[Tensor], bias: bool) -> list[Tensor]:
     return [(others.mT @ rows).float(), *sums]
 
 
-def like_summed(x: list[Tensor], grads: list[Tensor], bias: bool) -> list[Tensor]:
-    *some, _, outputs = grads[0].shape
-    shapes = [(*some, outputs, x[0].shape[-1]), *[(*some, 1, outputs)] * bias]
-    return [x[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
-
-
 # As one call: a compiler would copy each tensor by itself.
-schema = "(Tensor[] x, Tensor[] grads, bool bias) -> Tensor[]"
-affine_gradients = custom_op("uvit_dia::affine_gradients", summed, mutates_args=(), schema=schema)
-affine_gradients.register_fake(like_summed)
+affine_gradients = custom_op("uvit_dia::affine_gradients", summed, mutates_args=())
+affine_gradients.register_fake(summed)

@@ -61,12 +61,9 @@ def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline
 
 
 def generate(
-    pipeline: UViTPipeline,
-    config: SampleConfig,
-    stream: Stream = Stream.SAMPLING,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    pipeline: UViTPipeline, config: SampleConfig, stream: Stream = Stream.SAMPLING,
+    rank: int = 0, world: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """This process's share of config.num_images, in batches: indices (k,) and uint8 images (k, C, H, W).
 
     Batches are the same whatever the number of processes, which take them in turn. Noise comes from one

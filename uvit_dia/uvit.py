@@ -5,10 +5,11 @@ they are. The shared attention unit sits between norm2 and the MLP of every bloc
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,9 @@ from uvit_dia.errors import ConfigError, UserError, check_fields
 timestep_embedding = partial(get_timestep_embedding, flip_sin_to_cos=True, downscale_freq_shift=0)
 # Fastest first, and each only where it can: at 257 tokens cuDNN's takes 3/4 of flash attention's time.
 BACKENDS = [Backend.CUDNN_ATTENTION, Backend.FLASH_ATTENTION, Backend.EFFICIENT_ATTENTION, Backend.MATH]
+Skip = Tensor | None  # (B, L, D)
+Unit = SharedUnit | None
+Weights = Sequence[Tensor]  # of a block's products
 Labels = Tensor | None  # (B,) integers; None for a model without classes
 
 
@@ -108,7 +112,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP with residuals; an out-block first merges the skip from its in-block.
 
-    x, skip: (B, L, D). `unit` is what the blocks share, or None; `number` counts them in the order they run.
+    x, skip: (B, L, D). `unit` is what the blocks share, or None; `number` counts them in the order they run;
+    `low`: `weights()` in the type of products, where kernels take them.
     """
 
     def __init__(self, config: FrozenDict, has_skip: bool = False) -> None:
@@ -122,10 +127,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(config.mlp_ratio * dim))
 
     def forward(
-        self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
+        self, x: Tensor, skip: Skip, unit: Unit, state: State, number: int, grid: Grid, low: Weights = ()
     ) -> tuple[Tensor, State]:
-        if in_compiled_gpu_code(x) and self.is_plain(unit):
-            return self.fused(x, skip, unit, state, number, grid)
+        if low:
+            return self.fused(x, skip, unit, state, number, grid, low)
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         y = self.attn(self.norm1(x))
@@ -136,7 +141,12 @@ class Block(nn.Module):
         y = self.mlp(n)
         return x + y if self.residuals else y, state
 
-    def is_plain(self, unit: SharedUnit | None) -> bool:
+    def weights(self) -> list[Tensor]:
+        """Of its products."""
+        layers = self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.skip_linear
+        return [layer.weight for layer in layers if layer is not None]
+
+    def is_plain(self, unit: Unit) -> bool:
         """Whether it may run without calling its parts: none is left out, replaced or has a hook."""
         known = (Block, Attention, Mlp, Linear, nn.LayerNorm)
         called = [*self.modules(), *([] if unit is None else unit.modules())]
@@ -145,34 +155,33 @@ class Block(nn.Module):
         return self.residuals and all(type(m) in known for m in self.modules()) and not any(hooks)
 
     def fused(
-        self, x: Tensor, skip: Tensor | None, unit: SharedUnit | None, state: State, number: int, grid: Grid
+        self, x: Tensor, skip: Skip, unit: Unit, state: State, number: int, grid: Grid, low: Weights
     ) -> tuple[Tensor, State]:
         """The same, with each bias added where its gradient needs no pass of its own."""
         from uvit_dia.fused_layers import BiasGELU, FusedNorm, GatedNorm, PooledNorm, product
 
-        def times(x: Tensor, weight: Tensor) -> Tensor:
-            x, rounded = x.to(dtype), weight.detach().to(dtype)
-            return product(x, weight, rounded) if torch.is_grad_enabled() else F.linear(x, rounded)
+        def times(x: Tensor, weight: Tensor, low: Tensor) -> Tensor:
+            return product(x.to(low), weight, low) if torch.is_grad_enabled() else F.linear(x.to(low), low)
 
         norm1, norm2, attn, fc1, fc2 = self.norm1, self.norm2, self.attn, self.mlp.fc1, self.mlp.fc2
-        dtype = dtype_of_products(x)
+        qkv, proj, expand, contract, *merge = list(zip(self.weights(), low, strict=True))
         before, after = (torch.zeros_like(fc2.bias) for _ in range(2))  # compilers take none twice
         if self.skip_linear is not None and skip is not None:
-            own, others = self.skip_linear.weight.chunk(2, 1)  # so that no concatenation is written
-            before, x = self.skip_linear.bias, times(x, own) + times(skip, others)
+            own, others = zip(*(weight.chunk(2, 1) for weight in merge[0]), strict=True)
+            before, x = self.skip_linear.bias, times(x, *own) + times(skip, *others)
         x, n = FusedNorm.apply(x, norm1.weight, norm1.bias, before, after)
-        y = times(n, attn.qkv.weight)
-        y = times(attn.heads(y if attn.qkv.bias is None else (y + attn.qkv.bias).to(dtype)), attn.proj.weight)
+        y = times(n, *qkv)
+        y = times(attn.heads(y if attn.qkv.bias is None else (y + attn.qkv.bias).to(y.dtype)), *proj)
         parts = (norm2.weight, norm2.bias, attn.proj.bias, fc2.bias)
         if unit is not None and unit.sees_mean(number):
             x, mean, *stats = PooledNorm.apply(x, y, *parts, unit.num_skipped)
-            gate, state = unit.gate_of(mean.to(dtype), state, number)
+            gate, state = unit.gate_of(mean.to(low[0]), state, number)
             n = GatedNorm.apply(x, *stats[:2], norm2.weight, norm2.bias, fc2.bias, gate, *stats[2:])
         else:
             x, n = FusedNorm.apply(x + y, *parts)
             if unit is not None:
                 n, state = unit(n, state, number, grid)
-        y = times(BiasGELU.apply(times(n, fc1.weight), fc1.bias), fc2.weight)
+        y = times(BiasGELU.apply(times(n, *expand), fc1.bias), *contract)
         return x + y, state
 
 
@@ -248,12 +257,14 @@ class UViT(ModelMixin, ConfigMixin):
         """sample: (B, C, H, W) floats; timestep: scalar or (B,), 0 to 999; class_labels: (B,) integers."""
         x = self.embed(sample, timestep, class_labels)  # (B, L, D)
         state, middle, kappa = None, len(self.in_blocks), self.config.skip_scale
+        blocks = [*self.in_blocks, self.mid_block, *self.out_blocks]
+        low = self.rounded_weights(blocks, x)
         skips: list[Tensor] = []
-        for number, block in enumerate([*self.in_blocks, self.mid_block, *self.out_blocks]):
+        for number, block in enumerate(blocks):
             skip = skips.pop() if number > middle else None  # (B, L, D), of in-block len(skips)
             if skip is not None and kappa is not None:  # in-block i: times kappa^i (CS) or its own gate (LS)
                 skip = skip * (kappa ** len(skips) if self.skip_gate is None else self.skip_gate(skip))
-            x, state = self.run_block(block, x, skip, self.shared_unit, state, number, self.grid)
+            x, state = self.run_block(block, x, skip, self.shared_unit, state, number, self.grid, low[number])
             if number < middle:
                 skips.append(x)
         sample = self.to_pixels(x)
@@ -273,6 +284,18 @@ class UViT(ModelMixin, ConfigMixin):
         x = torch.cat([*tokens, patches], dim=1) + self.pos_embed
         # Under bf16 the residuals are bf16 too: half the bytes, float32's range, and the same losses to 1e-4.
         return x.bfloat16() if dtype_of_products(x) == torch.bfloat16 else x
+
+    def rounded_weights(self, blocks: list[Any], x: Tensor) -> list[list[Tensor]]:
+        """The weights of each block's products in their type; none where blocks call their layers."""
+        compiled, dtype = in_compiled_gpu_code(x), dtype_of_products(x)
+        plain = [block if compiled and block.is_plain(self.shared_unit) else None for block in blocks]
+        weights = [[] if block is None else [w.detach() for w in block.weights()] for block in plain]
+        if not any(weights) or dtype == self.pos_embed.dtype:
+            return weights
+        from uvit_dia.fused_layers import rounded
+
+        flat = iter(rounded([weight for some in weights for weight in some], dtype))
+        return [list(islice(flat, len(some))) for some in weights]
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, State]:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
