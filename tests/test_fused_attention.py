@@ -21,6 +21,7 @@ from uvit_dia.attach import attach
 from uvit_dia.uvit import Attention, UViT
 
 pytest.importorskip("triton", reason="this build of torch has no Triton")
+from uvit_dia import fused_layers
 from uvit_dia.fused_attention import FusedAttention
 from uvit_dia.fused_layers import BiasGELU, FusedNorm, GatedNorm, PooledNorm
 from uvit_dia.late_gradients import StandIns
@@ -95,6 +96,7 @@ def as_compiled_for_a_gpu() -> Iterator[Counter]:
         for module in (attention_units, uvit):
             patches.enter_context(patch.object(module, "in_compiled_gpu_code", lambda x: True))
         patches.enter_context(patch.object(Attention, "has_kernels", lambda self, qkv: True))
+        patches.enter_context(patch.object(fused_layers, "PROGRAMS", 24))  # the interpreter runs one by one
         for function in (FusedAttention, FusedNorm, PooledNorm, GatedNorm, BiasGELU, StandIns):
             patches.enter_context(counted(function))
         yield calls

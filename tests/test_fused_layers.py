@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton", reason="this build of torch has no Triton")
+from uvit_dia import fused_layers
 from uvit_dia.fused_layers import BiasGELU, FusedNorm, GatedNorm, PooledNorm, added, product, rounded
 
 HAS_GPU = torch.cuda.is_available()
@@ -15,6 +16,13 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 # An interpreter calculates with numpy, which has no bfloat16.
 DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * HAS_GPU]
 BOUNDS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs them one by one; so each has several rows, as on a GPU."""
+    if not HAS_GPU:
+        monkeypatch.setattr(fused_layers, "PROGRAMS", 24)
 
 
 def results(function: Callable, tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:

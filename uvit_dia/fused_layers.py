@@ -19,7 +19,7 @@ TAIL = (-1.302623e-6, 5.265118e-5, -8.726065e-4, 0.00832637, -0.05367626, -0.458
 T7, T6, T5, T4, T3, T2, T1, T0 = map(tl.constexpr, TAIL)  # Triton 3.3 has no tuples of them
 MIXED = torch.__version__ >= "2.11"  # products take an out_dtype; compilers before do not trace it
 EPS = tl.constexpr(1e-5)  # of nn.LayerNorm
-ROWS = tl.constexpr(4)  # tokens that a warp reads at a time: enough are under way then
+PROGRAMS, ROWS = 1024, tl.constexpr(4)  # about so many; tokens that one reads at a time: enough are under way
 B2, B0 = tl.constexpr(-math.log2(math.e) / 2), tl.constexpr(-math.log2(2 * math.pi) / 2)  # log2 of the bell
 
 
@@ -172,7 +172,7 @@ def sizes(x: Tensor) -> dict[str, int]:
 def over_tokens(x: Tensor, y: Tensor, *others: Tensor, result: Any = None, skipped: int = -1) -> Tensor:
     """tokens_kernel's `result`, given its first ten arguments; None: sums (B, D), a pool's with `skipped`."""
     (images, tokens, dim), sums = x.shape, result is None
-    rows, programs = share(tokens, max(1, 1024 // images))
+    rows, programs = share(tokens, max(1, PROGRAMS // images))
     result = x.new_empty(images, programs, dim, dtype=torch.float32) if sums else result
     args = (x.contiguous(), y.contiguous(), *others, result, tokens, rows, skipped)
     tokens_kernel[(programs, images)](*args, POOL=skipped >= 0, APPLY=not sums, **sizes(x))
@@ -185,7 +185,7 @@ def norm_gradients(
     """The gradients of x, weight, bias, before and after by norm_kernel; gate, dpool: (B, D)."""
     x, after, weight, mean, scale = (y.contiguous() for y in saved)
     images, tokens, dim = x.shape if gate is not None else (1, len(x) * x.shape[1], x.shape[2])
-    (rows, programs), dx = share(tokens, max(1, 1024 // images)), torch.empty_like(x)
+    (rows, programs), dx = share(tokens, max(1, PROGRAMS // images)), torch.empty_like(x)
     parts = x.new_empty(images, programs, 4, dim, dtype=torch.float32)
     gates = (weight, weight) if gate is None else (gate.contiguous(), dpool.contiguous())
     args = (grad.contiguous(), more.contiguous(), x, after, weight, mean, scale, *gates, dx, parts)
@@ -258,7 +258,7 @@ class GatedNorm(torch.autograd.Function):
 
 
 def gelu(x: Tensor, bias: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    x, out, (rows, programs) = x.contiguous(), x.new_empty(x.shape), share(x.numel() // len(bias), 1024)
+    x, out, (rows, programs) = x.contiguous(), x.new_empty(x.shape), share(x.numel() // len(bias), PROGRAMS)
     parts = x if grad is None else x.new_empty(programs, len(bias), dtype=torch.float32)
     args = (x, bias, x if grad is None else grad.contiguous(), out, parts, x.numel() // len(bias), rows)
     grid = (-(-len(bias) // 256), programs)
