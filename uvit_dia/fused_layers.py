@@ -281,7 +281,7 @@ class BiasGELU(torch.autograd.Function):
         return dx, added(parts[None])[0]
 
 
-@custom_op("uvit_dia::rounded", mutates_args=())
+@custom_op("uvit_dia::rounded", mutates_args=(), schema="(Tensor[] weights, ScalarType dtype) -> Tensor[]")
 def rounded(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Of this type, in one launch: a compiler makes one a weight, and small ones take as long as larger."""
     out = [weight.new_empty(weight.shape, dtype=dtype) for weight in weights]

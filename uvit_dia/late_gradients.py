@@ -62,5 +62,6 @@ def summed(x: list[Tensor], grads: list[Tensor], bias: bool) -> list[Tensor]:
 
 
 # As one call: a compiler would copy each tensor by itself.
-affine_gradients = custom_op("uvit_dia::affine_gradients", summed, mutates_args=())
+schema = "(Tensor[] x, Tensor[] grads, bool bias) -> Tensor[]"
+affine_gradients = custom_op("uvit_dia::affine_gradients", summed, mutates_args=(), schema=schema)
 affine_gradients.register_fake(summed)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +86,7 @@ class Attention(nn.Module):
 
             return FusedAttention.apply(qkv, self.num_heads)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
-        few = qkv.device.type == "cpu" and qkv.shape[1] <= 32  # twice as fast there
+        few = qkv.device.type == "cpu" and qkv.requires_grad and qkv.shape[1] <= 32  # faster in training
         with sdpa_kernel([Backend.MATH] if few else BACKENDS, set_priority=True):
             x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, D / heads)
         return rearrange(x, "b h l d -> b l (h d)")
@@ -295,7 +294,7 @@ class UViT(ModelMixin, ConfigMixin):
         from uvit_dia.fused_layers import rounded
 
         flat = iter(rounded([weight.detach() for some in weights for weight in some], dtype))
-        return [list(islice(flat, len(some))) for some in weights]
+        return [[next(flat) for _ in some] for some in weights]  # islice would not go on with torch 2.8
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, State]:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
