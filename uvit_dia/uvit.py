@@ -86,8 +86,7 @@ class Attention(nn.Module):
 
             return FusedAttention.apply(qkv, self.num_heads)
         q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.num_heads)
-        few = qkv.device.type == "cpu" and qkv.requires_grad and qkv.shape[1] <= 32  # faster in training
-        with sdpa_kernel([Backend.MATH] if few else BACKENDS, set_priority=True):
+        with sdpa_kernel(BACKENDS, set_priority=True):
             x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, D / heads)
         return rearrange(x, "b h l d -> b l (h d)")
 
