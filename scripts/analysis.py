@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from einops import rearrange
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from run_folder import RunFolder
 from sklearn.ensemble import RandomForestRegressor
 from torch import Tensor, nn
 
-from uvit_dia import checkpoint, sampling
+from uvit_dia import sampling
 from uvit_dia.attention_units import UnitConfig
 from uvit_dia.data import Batches, load_images
 from uvit_dia.diffusion import denoising_loss
@@ -45,7 +46,7 @@ class Subject:
 
     def __init__(self, root: Path, options: AnalyzeConfig, accelerator: Accelerator) -> None:
         self.options, self.accelerator = options, accelerator
-        self.run = run_config.load(checkpoint.RunFolder(root).config)
+        self.run = run_config.load(RunFolder(root).config)
         if self.run.model["unit"] is None:
             raise UserError(f"{root}: the run has no attention unit (model.unit is null), so no gates")
         if not options.timesteps or max(options.timesteps) >= self.run.diffusion.num_train_timesteps:

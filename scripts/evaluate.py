@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from exit_codes import run
 from matplotlib.figure import Figure
 from PIL import Image
+from run_folder import RunFolder
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from uvit_dia import checkpoint, posthoc
-from uvit_dia.checkpoint import BadCheckpoint, RunFolder
+from uvit_dia.checkpoint import BadCheckpoint
 from uvit_dia.data import FORMATS, SUFFIXES, DataConfig, ImageSet, load_images, test_images
 from uvit_dia.errors import UserError, check_place
 from uvit_dia.evaluation import (

@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 import yaml
 from run_config import Config, load, run_parser
+from run_folder import RunFolder
 from scipy.stats import ttest_ind, ttest_rel
-
-from uvit_dia.checkpoint import RunFolder
 
 
 @dataclass(frozen=True)

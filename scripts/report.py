@@ -20,9 +20,9 @@ from experiments import Run, read_grid, significance
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from run_config import Parser
+from run_folder import RunFolder
 
 from uvit_dia import evaluation
-from uvit_dia.checkpoint import RunFolder
 from uvit_dia.errors import UserError
 from uvit_dia.trainer import SpikeCounter
 

@@ -8,11 +8,12 @@ import run_config
 import torch
 from accelerate.utils import gather_object
 from exit_codes import run
+from run_folder import RunFolder
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from uvit_dia.checkpoint import RunFolder, writing
+from uvit_dia.checkpoint import writing
 from uvit_dia.errors import UserError, check_place
 from uvit_dia.sampling import SampleConfig, generate, grid, load_pipeline
 

@@ -21,11 +21,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from exit_codes import run
+from run_folder import RunFolder
 from torch.distributed import DistError, PrefixStore, TCPStore
 from tqdm import tqdm
 
 from uvit_dia import checkpoint, evaluation, posthoc, trainer
-from uvit_dia.checkpoint import RunFolder, aside, writing
+from uvit_dia.checkpoint import aside, writing
 from uvit_dia.data import Batches, ImageSet, load_images, test_images
 from uvit_dia.errors import ConfigError, UserError
 from uvit_dia.pipeline import UViTPipeline

@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 from analyze import brief_training, verdict
 from PIL import Image
+from run_folder import RunFolder
 
 from uvit_dia import checkpoint, trainer
-from uvit_dia.checkpoint import RunFolder
 from uvit_dia.data import Batches, load_images
 from uvit_dia.diffusion import denoising_loss
 from uvit_dia.errors import UserError

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from run_folder import RunFolder
 from train import trim_metrics
 
-from uvit_dia.checkpoint import BadCheckpoint, RunFolder, aside, folders, read, save
+from uvit_dia.checkpoint import BadCheckpoint, aside, folders, read, save
 from uvit_dia.errors import UserError
 
 

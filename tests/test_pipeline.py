@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 from run_config import Parser
+from run_folder import RunFolder
 from safetensors.torch import load_file
 from sample import save_images
 from torch._dynamo.utils import counters
 
-from uvit_dia.checkpoint import RunFolder, export
+from uvit_dia.checkpoint import export
 from uvit_dia.diffusion import DiffusionConfig, make_sampler, make_scheduler
 from uvit_dia.errors import ConfigError, UserError
 from uvit_dia.pipeline import UViTPipeline

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from uvit_dia.checkpoint import RunFolder
 from uvit_dia.diffusion import make_sampler
 from uvit_dia.errors import UserError, check_compiler, check_fields
 from uvit_dia.pipeline import UViTPipeline
@@ -42,7 +41,7 @@ class SampleConfig:
 
 def load_pipeline(source: str, device: torch.device | str) -> tuple[UViTPipeline, dict[str, Any]]:
     """The pipeline of a run's or pipeline's folder or a Hub id, and its training.json; UserError for none."""
-    folders = (RunFolder(source).pipeline, Path(source))
+    folders = (Path(source, "pipeline"), Path(source))
     found = next((folder for folder in folders if (folder / "model_index.json").is_file()), None)
     if found is None and Path(source).exists():
         raise UserError(f"{source}: neither a run with a pipeline/ (training writes it) nor a pipeline")

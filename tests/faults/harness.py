@@ -15,8 +15,9 @@ from pathlib import Path
 from random import Random
 
 import torch
+from run_folder import RunFolder
 
-from uvit_dia.checkpoint import RunFolder, folders, read
+from uvit_dia.checkpoint import folders, read
 
 ROOT = Path(__file__).parents[2]
 TINY = (

@@ -10,9 +10,10 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+from run_folder import RunFolder
 from train import trim_metrics
 
-from uvit_dia.checkpoint import RunFolder, export, folders, read, save
+from uvit_dia.checkpoint import export, folders, read, save
 from uvit_dia.diffusion import DiffusionConfig, make_scheduler
 from uvit_dia.pipeline import UViTPipeline
 from uvit_dia.uvit import UViT

@@ -12,9 +12,10 @@ import harness
 import numpy as np
 import pytest
 from PIL import Image
+from run_folder import RunFolder
 from torch.distributed import TCPStore
 
-from uvit_dia.checkpoint import RunFolder, read
+from uvit_dia.checkpoint import read
 
 ENDLESS = ["--train.num_steps", 1_000_000, "--train.checkpoint_every", 1_000_000]
 
