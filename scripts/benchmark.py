@@ -183,7 +183,7 @@ def train(
     else:
         state = build(wanted, settings.diffusion, settings.model | {"unit": kind}, accelerator)
         model, steps = state.model, fit(state, batches)
-    list(islice(steps, 6))  # compiles, and on a GPU records the step
+    list(islice(steps, 13 if cuda else 6))  # compiles, and on a GPU records the step
     wait()
     start_up = time.perf_counter() - started
     seconds = timed(lambda: list(islice(steps, num))) / num

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -190,7 +190,7 @@ def build(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
-    device, alone = accelerator.device, accelerator.num_processes == 1
+    device = accelerator.device
     model = UViT(**model_settings).to(device)
     copied = {name for name, _ in model.named_buffers()}  # BatchNorm's statistics
     average: Any = dict(update_every=1, param_or_buffer_names_no_ema=copied)
@@ -204,14 +204,33 @@ def build(
     if config.compile:
         check_compiler("train.compile", device.type)
         model.compile()
-    graphed = config.compile and device.type == "cuda" and alone and not accelerator.scaler
+    graphed = config.compile and device.type == "cuda" and not accelerator.scaler
     rate = torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate
     options: Any = dict(betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=graphed)
-    network, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=rate, **options))
+    run: Any = GraphedUpdate() if graphed else update
+    with run.aside() if graphed else nullcontext():
+        network = accelerator.prepare(model)
+        optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=rate, **options))
+        settle(network, model)
     bad, taken = torch.tensor(False, device=device), torch.tensor(0, device=device)
     scheduler, gamma = make_scheduler(diffusion), diffusion.min_snr_gamma
     parts = (config, accelerator, model, network, optimizer, ema, scheduler, gamma)
-    return TrainState(*parts, GraphedUpdate() if graphed else update, bad, taken, posthoc)
+    return TrainState(*parts, run, bad, taken, posthoc)
+
+
+def settle(network: nn.Module, model: UViT) -> None:
+    """Have DDP order the gradients that it sums by a first backward pass now, and not after the first step.
+
+    Sums round by their order: the first step after a stop would differ from what it is without one.
+    """
+    if network is not model:
+        size, t = model.config.sample_size, torch.zeros(1, dtype=torch.long, device=model.device)
+        x = torch.zeros(1, model.config.in_channels, size, size, device=model.device)
+        network.eval()  # statistics of batches stay as they are
+        with torch.compiler.set_stance("force_eager"):
+            output = network(x, t, None if model.config.num_classes is None else t)
+        (output.sample.sum() + (0 if output.penalty is None else output.penalty)).backward()
+        network.train().zero_grad()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -285,19 +304,29 @@ def update(state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
 class GraphedUpdate:
     """`update` as one CUDA graph: at small batches launching a step takes longer than running it."""
 
-    def __init__(self, num_eager: int = 3) -> None:
-        self.left, self.graph = num_eager, torch.cuda.CUDAGraph()
+    def __init__(self, num_eager: int = 11) -> None:
+        self.left, self.graph = num_eager, torch.cuda.CUDAGraph()  # DDP times its first ten steps
+        self.stream = torch.cuda.Stream()
         self.inputs: list[Tensor] = []  # where the graph reads and writes
         self.outputs: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """On the stream that is recorded, as DDP adds up gradients on the stream that it was built on."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def __call__(self, state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.left:  # eagerly, which compiles, allocates and gives the average its constant decay
             self.left -= 1
-            return update(state, *inputs)
+            with self.aside():
+                return update(state, *inputs)
         given = [x for x in inputs if x is not None]
         if self.outputs is None:
             self.inputs = [x.clone() for x in given]
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = update(state, *self.inputs, *inputs[len(given) :])  # labels may be None
             state.ema.step -= 1  # recorded, not yet done
         torch._foreach_copy_(self.inputs, given)
