@@ -41,8 +41,8 @@ def command(script: str, *args: object, processes: int = 1) -> list[str]:
     return [*launch, str(ROOT / "scripts" / f"{script}.py"), *map(str, args)]
 
 
-def run(script: str, *args: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+def run(script: str, *args: object, processes: int = 1, gpus: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         command(script, *args, processes=processes),
         env=environment,
@@ -118,6 +118,16 @@ def test_three_processes_go_on_from_a_checkpoint_to_the_same_bits(tmp_path):
             load_file(run / f"checkpoints/step_00000004/{file}.safetensors") for run in (whole, rest)
         )
         assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs), file
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_record_their_steps_follow_one_and_end(tmp_path):
+    for gpus in ("0", "0,1"):
+        settings = [*TINY, "--train.compile", "true", "--output_dir", tmp_path / gpus]
+        done = run("train", *settings, processes=len(gpus.split(",")), gpus=gpus)
+        assert done.returncode == 0, done.stderr
+    for one, two in zip(metrics(tmp_path / "0"), metrics(tmp_path / "0,1"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
 
 
 def test_two_processes_see_the_same_batches_and_losses_and_draw_the_same_images(trained, tmp_path):

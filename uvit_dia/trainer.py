@@ -7,7 +7,7 @@ not finite raises a flag on the device that masks every later optimizer step; th
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -114,7 +114,7 @@ class TrainState:
     ema: EMA
     scheduler: DDPMScheduler
     gamma: float | None  # diffusion.min_snr_gamma
-    run: Callable[..., tuple[Tensor, Tensor]]  # `update`, or its CUDA graph
+    stream: torch.cuda.Stream | None  # on which `update` is recorded as a CUDA graph; None: it is not
     bad: Tensor  # bool on the device, sticky: a number was not finite, and no step is taken any more
     taken: Tensor  # on the device: optimizer steps taken with finite numbers
     posthoc: list[KarrasEMA]  # of train.posthoc_ema
@@ -207,15 +207,15 @@ def build(
     graphed = config.compile and device.type == "cuda" and not accelerator.scaler
     rate = torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate
     options: Any = dict(betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=graphed)
-    run: Any = GraphedUpdate() if graphed else update
-    with run.aside() if graphed else nullcontext():
+    stream = torch.cuda.Stream() if graphed else None
+    with nullcontext() if stream is None else aside(stream):  # where DDP is built it adds up gradients
         network = accelerator.prepare(model)
         optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=rate, **options))
         settle(network, model)
     bad, taken = torch.tensor(False, device=device), torch.tensor(0, device=device)
     scheduler, gamma = make_scheduler(diffusion), diffusion.min_snr_gamma
     parts = (config, accelerator, model, network, optimizer, ema, scheduler, gamma)
-    return TrainState(*parts, run, bad, taken, posthoc)
+    return TrainState(*parts, stream, bad, taken, posthoc)
 
 
 def settle(network: nn.Module, model: UViT) -> None:
@@ -249,13 +249,14 @@ def fit(state: TrainState, batches: Batches) -> Iterator[Record]:
     TrainingDiverged names the step and the first bad module once the host has read of such a number.
     """
     config, alone, stop = state.config, state.accelerator.num_processes == 1, False
+    run = update if state.stream is None else GraphedUpdate(state.stream)
     stream = batches.from_step(state.step)
     state.network.train()
     while state.step < config.num_steps and not stop:
         batch, rate = next(stream), learning_rate(config, state.step)
         for group in state.optimizer.param_groups:  # a CUDA graph reads the rate from a tensor
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
-        loss, grad_norm = state.run(state, batch.images, *draw(state, batch))
+        loss, grad_norm = run(state, batch.images, *draw(state, batch))
         for ema in state.posthoc:  # outside the CUDA graph, since their decay changes with the step
             ema.update()
         state.step += 1
@@ -301,27 +302,31 @@ def update(state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     return loss, grad_norm
 
 
-class GraphedUpdate:
-    """`update` as one CUDA graph: at small batches launching a step takes longer than running it."""
+@contextmanager
+def aside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """On this stream, after all that was launched and before all that will be."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
-    def __init__(self, num_eager: int = 11) -> None:
-        self.left, self.graph = num_eager, torch.cuda.CUDAGraph()  # DDP times its first ten steps
-        self.stream = torch.cuda.Stream()
+
+class GraphedUpdate:
+    """`update` as one CUDA graph: at small batches launching a step takes longer than running it.
+
+    It must go before its process group, which at its end waits for graphs that hold its kernels.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream, self.graph = stream, torch.cuda.CUDAGraph()
+        self.left = 11  # steps before that: DDP times its first ten
         self.inputs: list[Tensor] = []  # where the graph reads and writes
         self.outputs: tuple[Tensor, Tensor] | None = None
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """On the stream that is recorded, as DDP adds up gradients on the stream that it was built on."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self.stream)
 
     def __call__(self, state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.left:  # eagerly, which compiles, allocates and gives the average its constant decay
             self.left -= 1
-            with self.aside():
+            with aside(self.stream):
                 return update(state, *inputs)
         given = [x for x in inputs if x is not None]
         if self.outputs is None:
