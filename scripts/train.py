@@ -50,12 +50,14 @@ def main() -> int:
     check_free(folder, parsed.resume)
     logs = folder.root / "tensorboard"
     accelerator = run_config.make_accelerator(settings.train.precision, settings.train.trackers, logs)
-    with company(accelerator):
-        state, batches = prepare(settings, folder, parsed.resume, accelerator)
-        code = train(state, batches, settings, folder)
-    with writing(folder.root):
-        accelerator.end_training()
-    return code
+    try:
+        with company(accelerator):
+            state, batches = prepare(settings, folder, parsed.resume, accelerator)
+            return train(state, batches, settings, folder)
+    finally:
+        with writing(folder.root):
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 def prepare(
@@ -331,5 +333,14 @@ def screen(
         state.accelerator.log({card["headline"]: card["metrics"][card["headline"]]}, step=state.step)
 
 
+def leave(code: int) -> None:
+    """End the process; one of several at once, as NCCL may wait for ever for others and for CUDA graphs."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(run(main))

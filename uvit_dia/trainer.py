@@ -7,7 +7,7 @@ not finite raises a flag on the device that masks every later optimizer step; th
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -248,8 +248,16 @@ def fit(state: TrainState, batches: Batches) -> Iterator[Record]:
 
     TrainingDiverged names the step and the first bad module once the host has read of such a number.
     """
+    graphed = None if state.stream is None else GraphedUpdate(state.stream)
+    try:
+        yield from steps(state, batches, graphed or update)
+    finally:
+        if graphed:  # at its end a process group waits for graphs that hold its kernels
+            graphed.graph.reset()
+
+
+def steps(state: TrainState, batches: Batches, run: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[Record]:
     config, alone, stop = state.config, state.accelerator.num_processes == 1, False
-    run = update if state.stream is None else GraphedUpdate(state.stream)
     stream = batches.from_step(state.step)
     state.network.train()
     while state.step < config.num_steps and not stop:
@@ -312,10 +320,7 @@ def aside(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 class GraphedUpdate:
-    """`update` as one CUDA graph: at small batches launching a step takes longer than running it.
-
-    It must go before its process group, which at its end waits for graphs that hold its kernels.
-    """
+    """`update` as one CUDA graph: at small batches launching a step takes longer than running it."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream, self.graph = stream, torch.cuda.CUDAGraph()
