@@ -6,7 +6,6 @@ gradients, stability (brief trainings, the slow one).
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -17,7 +16,7 @@ import seaborn as sns
 import torch
 from accelerate import Accelerator
 from analysis import ANALYSES, EDGES, AnalyzeConfig, Numbers, Subject, variants
-from exit_codes import run
+from exit_codes import leave
 from matplotlib.figure import Figure
 from run_config import Parser, make_accelerator
 from torch import Tensor
@@ -137,4 +136,4 @@ def loss_curves(trainings: Numbers) -> Figure:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(main)

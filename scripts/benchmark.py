@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
-from exit_codes import run
+from exit_codes import leave
 from jsonargparse.typing import PositiveInt
 from run_config import Config, make_accelerator
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def main() -> None:
             save(rows, peak, parsed.json)
     if accelerator.is_main_process:
         show(rows, peak)
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
 
 
 def chosen(key: str, text: str, known: tuple[str, ...]) -> list[str]:
@@ -367,4 +367,4 @@ def wait() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(main)

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import run_config
 import torch
 import yaml
-from exit_codes import run
+from exit_codes import leave
 from experiments import Run
 from jsonargparse.typing import PositiveInt
 from report import last_words, write_page
@@ -339,4 +339,4 @@ def work(grid: Grid, root: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(main)

@@ -14,7 +14,7 @@ import numpy as np
 import run_config
 import torch
 from accelerate import Accelerator
-from exit_codes import run
+from exit_codes import leave
 from matplotlib.figure import Figure
 from PIL import Image
 from run_folder import RunFolder
@@ -220,4 +220,4 @@ def table(cards: list[Facts], axis: str, stem: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(main)

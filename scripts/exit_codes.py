@@ -2,10 +2,13 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from errno import EDQUOT, EFBIG, ENOSPC
+from typing import NoReturn
 
-from torch import OutOfMemoryError
+from torch import OutOfMemoryError, distributed
 
 from uvit_dia.errors import UserError
 
@@ -28,3 +31,24 @@ def run(main: Callable[[], int | None]) -> int:
     if prints:
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
     return code
+
+
+def leave(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and end the process; one of several at once, without the end that NCCL has.
+
+    This was seen to wait for ever after steps that were recorded as CUDA graphs (pytorch issue 115388).
+    """
+    try:
+        code = run(main)
+    except Exception:
+        if not distributed.is_initialized():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if distributed.is_initialized():
+        time.sleep(0.5)  # for what NCCL's threads may still be sending to other hosts
+        with suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

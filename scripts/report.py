@@ -7,7 +7,6 @@ The words are in uvit_dia/templates: a page is written as Markdown, of which the
 import base64
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import jinja2
 import markdown
 import pandas as pd
 import seaborn as sns
-from exit_codes import run
+from exit_codes import leave
 from experiments import Run, read_grid, significance
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -167,4 +166,4 @@ def save(root: Path, name: str, figure: Figure) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(main)

@@ -1,13 +1,12 @@
 """Draw images: python scripts/sample.py RUN_OR_PIPELINE_OR_HUB_ID --num_images 64 --grid out.png."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import run_config
 import torch
 from accelerate.utils import gather_object
-from exit_codes import run
+from exit_codes import leave
 from run_folder import RunFolder
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -72,4 +71,4 @@ def sample_settings(source: str, given: dict) -> SampleConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(main)

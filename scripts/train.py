@@ -20,7 +20,7 @@ import run_config
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from exit_codes import run
+from exit_codes import leave
 from run_folder import RunFolder
 from torch.distributed import DistError, PrefixStore, TCPStore
 from tqdm import tqdm
@@ -50,14 +50,13 @@ def main() -> int:
     check_free(folder, parsed.resume)
     logs = folder.root / "tensorboard"
     accelerator = run_config.make_accelerator(settings.train.precision, settings.train.trackers, logs)
-    try:
-        with company(accelerator):
-            state, batches = prepare(settings, folder, parsed.resume, accelerator)
-            return train(state, batches, settings, folder)
-    finally:
-        with writing(folder.root):
-            for tracker in accelerator.trackers:
-                tracker.finish()
+    with company(accelerator):
+        state, batches = prepare(settings, folder, parsed.resume, accelerator)
+        code = train(state, batches, settings, folder)
+    with writing(folder.root):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    return code
 
 
 def prepare(
@@ -333,14 +332,5 @@ def screen(
         state.accelerator.log({card["headline"]: card["metrics"][card["headline"]]}, step=state.step)
 
 
-def leave(code: int) -> None:
-    """End the process; one of several at once, as NCCL may wait for ever for others and for CUDA graphs."""
-    if torch.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    leave(run(main))
+    leave(main)

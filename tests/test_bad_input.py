@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -440,6 +441,38 @@ def test_a_file_system_that_refuses_is_one_line_and_a_bug_is_a_traceback(tmp_pat
     assert capsys.readouterr().err.startswith("error: a file: No space left; mend that")
     with pytest.raises(OSError, match="nothing of files"):
         exit_codes.run(lambda: (_ for _ in ()).throw(OSError("nothing of files")))
+
+
+def raises(error: Exception) -> Callable[[], int]:
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "said"),
+    [
+        (lambda: 143, 143, ""),
+        (raises(UserError("a: b")), 2, "error: a: b"),
+        (raises(ValueError("a bug")), 1, "Traceback"),
+    ],
+    ids=["signal", "error", "bug"],
+)
+def test_one_of_several_processes_ends_at_once_whatever_it_came_to(main, code, said, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(exit_codes.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(exit_codes.os, "_exit", codes.append)
+    with pytest.raises(SystemExit):  # as this `_exit` ends nothing
+        exit_codes.leave(main)
+    assert codes == [code] and capsys.readouterr().err.startswith(said)
+
+
+def test_a_place_where_a_tracker_cannot_write_is_one_line(tmp):
+    (tmp / "taken").mkdir()
+    (tmp / "taken" / "tensorboard").touch()
+    code, err = call("train", *TINY, "--train.trackers", "[tensorboard]", "--output_dir", tmp / "taken")
+    assert code == 2 and err.startswith("error: ") and "tensorboard" in err and "Traceback" not in err
 
 
 def out_of_memory() -> None:

@@ -7,7 +7,7 @@ not finite raises a flag on the device that masks every later optimizer step; th
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -207,10 +207,10 @@ def build(
     graphed = config.compile and device.type == "cuda" and not accelerator.scaler
     rate = torch.tensor(config.learning_rate, device=device) if graphed else config.learning_rate
     options: Any = dict(betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=graphed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, **options)
     stream = torch.cuda.Stream() if graphed else None
-    with nullcontext() if stream is None else aside(stream):  # where DDP is built it adds up gradients
-        network = accelerator.prepare(model)
-        optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=rate, **options))
+    with nullcontext() if stream is None else on(stream):  # where DDP is built it adds up gradients
+        network, optimizer = accelerator.prepare(model, optimizer)
         settle(network, model)
     bad, taken = torch.tensor(False, device=device), torch.tensor(0, device=device)
     scheduler, gamma = make_scheduler(diffusion), diffusion.min_snr_gamma
@@ -248,16 +248,8 @@ def fit(state: TrainState, batches: Batches) -> Iterator[Record]:
 
     TrainingDiverged names the step and the first bad module once the host has read of such a number.
     """
-    graphed = None if state.stream is None else GraphedUpdate(state.stream)
-    try:
-        yield from steps(state, batches, graphed or update)
-    finally:
-        if graphed:  # at its end a process group waits for graphs that hold its kernels
-            graphed.graph.reset()
-
-
-def steps(state: TrainState, batches: Batches, run: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[Record]:
     config, alone, stop = state.config, state.accelerator.num_processes == 1, False
+    run: Any = update if state.stream is None else GraphedUpdate(state.stream)
     stream = batches.from_step(state.step)
     state.network.train()
     while state.step < config.num_steps and not stop:
@@ -273,6 +265,7 @@ def steps(state: TrainState, batches: Batches, run: Callable[..., tuple[Tensor, 
         if reads or state.step == config.num_steps or (alone and state.stop_requested):
             first_bad, stop = agree(state)
             if first_bad >= 0:
+                del run  # and a graph's memory
                 raise TrainingDiverged(explain(state, batches, first_bad))
         yield Record(state.step, loss, grad_norm, rate)
 
@@ -311,7 +304,7 @@ def update(state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def aside(stream: torch.cuda.Stream) -> Iterator[None]:
+def on(stream: torch.cuda.Stream) -> Iterator[None]:
     """On this stream, after all that was launched and before all that will be."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -331,7 +324,7 @@ class GraphedUpdate:
     def __call__(self, state: TrainState, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.left:  # eagerly, which compiles, allocates and gives the average its constant decay
             self.left -= 1
-            with aside(self.stream):
+            with on(self.stream):
                 return update(state, *inputs)
         given = [x for x in inputs if x is not None]
         if self.outputs is None:

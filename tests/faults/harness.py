@@ -43,7 +43,7 @@ def main(arguments: list[str], environment: dict[str, str], output: Path) -> Non
     multiprocessing.set_start_method("fork", force=True)  # for data workers, as everywhere on Linux
     os.environ.update(environment)
     sys.argv = ["train.py", *arguments]
-    train.leave(train.run(train.main))
+    train.leave(train.main)
 
 
 def start(folder: Path, *arguments: object, **environment: object) -> multiprocessing.Process:
