@@ -62,6 +62,6 @@ def summed(x: list[Tensor], grads: list[Tensor], bias: bool) -> list[Tensor]:
 
 
 # As one call: a compiler would copy each tensor by itself.
-schema = "(Tensor[] x, Tensor[] grads, bool bias) -> Tensor[]"
-affine_gradients = custom_op("uvit_dia::affine_gradients", summed, mutates_args=(), schema=schema)
+SCHEMA = "(Tensor[] x, Tensor[] grads, bool bias) -> Tensor[]"
+affine_gradients = custom_op("uvit_dia::affine_gradients", summed, mutates_args=(), schema=SCHEMA)
 affine_gradients.register_fake(summed)

@@ -209,7 +209,8 @@ def build(
     options: Any = dict(betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=graphed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, **options)
     stream = torch.cuda.Stream() if graphed else None
-    with nullcontext() if stream is None else on(stream):  # where DDP is built it adds up gradients
+    # DDP adds up gradients on the stream that it was built on: the one that is recorded.
+    with nullcontext() if stream is None else on(stream):
         network, optimizer = accelerator.prepare(model, optimizer)
         settle(network, model)
     bad, taken = torch.tensor(False, device=device), torch.tensor(0, device=device)
