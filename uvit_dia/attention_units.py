@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 
 from uvit_dia.errors import ConfigError, check_fields, one_of
-from uvit_dia.late_gradients import Affine, affine, late
+from uvit_dia.late_gradients import Affine, affine, late, reported
 
 State = tuple[tuple[Any, ...], ...] | None  # (hidden, cell) of each cell, (B, D), float32; then later maps
 Grid = tuple[int, int] | None  # height and width in patches; None: a square
@@ -68,10 +68,12 @@ class LSTMCell(nn.Module):
         x = torch.stack([y, h])  # both paths in one product: launching two costs more
         if squeeze:
             x = torch.relu(affine(x, *squeeze[0])).to(y.dtype)  # (2, B, N/r)
-        gates = affine(rearrange(x, "two b k -> b (two k)"), *expand).float()
-        i, f, g, o = gates.chunk(4, dim=-1)
+        i, f, g, o = self.gates(rearrange(x, "two b k -> b (two k)"), *expand).float().chunk(4, dim=-1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * getattr(torch, self.activation)(c), c
+
+    def gates(self, x: Tensor, *expand: Any) -> Tensor:
+        return affine(x, *expand)
 
     def maps(self) -> list[Affine]:
         """Both paths' squeeze, if there is one, and their affine map to the gates."""
@@ -96,8 +98,17 @@ class LightCell(LSTMCell):
         self.input_scale, self.hidden_scale = (nn.Parameter(torch.ones(4, dim)) for _ in range(2))
         self.input_shift, self.hidden_shift = (nn.Parameter(torch.zeros(4, dim)) for _ in range(2))
 
+    def gates(self, x: Tensor, *expand: Any) -> Tensor:
+        """The same without the zeros of `expansion`, in fewer launches where a compiler fuses it."""
+        if not in_compiled_gpu_code(x):
+            return affine(x, *expand)
+        scales = torch.stack([self.input_scale, self.hidden_scale])
+        tiles = rearrange(x, "b (two k) -> b two 1 k", two=2).repeat(1, 1, 1, self.reduction)
+        y = (tiles * (scales.detach() if expand[2:] else scales)).sum(1)
+        return reported(y.flatten(1).to(x.dtype), x, *expand[1:])
+
     def expansion(self) -> Affine:
-        """The same: mostly zeros, whose gradients are two more products, and no sums over the batch."""
+        """As a product: mostly zeros, whose gradients are one more product, and no sums over the batch."""
         scales = torch.stack([self.input_scale, self.hidden_scale])  # (2, 4, N)
         width = scales.shape[2] // self.reduction
         tiles = scales.new_ones(width).diag().repeat(self.reduction, 1)  # the paper leaves it open

@@ -12,7 +12,11 @@ Affine = tuple[Any, ...]  # weight (..., K, N), bias (..., 1, K) or None; of a l
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, *late: Tensor) -> Tensor:
     """x weight' + bias (..., B, K) of x (..., B, N)."""
-    y = x @ weight.to(x.dtype).mT
+    return reported(x @ weight.to(x.dtype).mT, x, bias, *late)
+
+
+def reported(y: Tensor, x: Tensor, bias: Tensor | None, *late: Tensor) -> Tensor:
+    """y + bias, where y is such a product with x."""
     y = Report.apply(y, x.detach(), *late) if late else y
     return y if bias is None else y + bias
 
