@@ -32,7 +32,7 @@ bench: .venv/installed  ## measure training, sampling and scoring beside the off
 	$(RUN)/python scripts/benchmark.py --json runs/benchmark.json
 
 test: .venv/installed  ## run the tests
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 torture: .venv/installed  ## the slow tests: kill -9 a run 120 times while it saves, train 20,000 steps, ...
 	$(RUN)/python -m pytest tests/faults -m slow --capture=no
