@@ -102,12 +102,12 @@ def as_compiled_for_a_gpu() -> Iterator[Counter]:
         yield calls
 
 
-def outputs(model: UViT) -> list[Tensor]:
-    """The prediction, then all gradients."""
-    labels = None if model.config.num_classes is None else torch.tensor([1, 10])
-    images, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 700])
+def outputs(model: UViT, count: int = 1) -> list[Tensor]:
+    """The prediction for one image or two, then all gradients."""
+    labels = None if model.config.num_classes is None else torch.tensor([10, 1])[:count]
+    images, t = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1)), [700, 3][:count]
     model.zero_grad()
-    out = model(images, t, labels).sample
+    out = model(images, torch.tensor(t), labels).sample
     out.square().mean().backward()
     return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
@@ -115,7 +115,7 @@ def outputs(model: UViT) -> list[Tensor]:
 def randomized(**settings: Any) -> UViT:
     """A network whose biases are not 0, and weights of norms not 1."""
     torch.manual_seed(0)
-    model = UViT(sample_size=16, embed_dim=128, depth=2, num_heads=2, **settings)
+    model = UViT(sample_size=16, embed_dim=128, depth=2, num_heads=2, mlp_ratio=2.0, **settings)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -158,10 +158,10 @@ def test_a_network_is_the_same_with_the_kernels(settings: dict, gated: int, chec
 def test_under_autocast_too_and_attention_gets_half_types(kind: str | None) -> None:
     model = randomized(qkv_bias=True, unit={"kind": kind} if kind else None)
     with torch.autocast("cpu", torch.float16):
-        expected = outputs(model)
+        expected = outputs(model, 2)
     only_half = patch.object(Attention, "has_kernels", lambda self, qkv: qkv.dtype == torch.float16 or 1 / 0)
     with as_compiled_for_a_gpu(), torch.autocast("cpu", torch.float16), only_half:
-        got = outputs(model)
+        got = outputs(model, 2)
     for mine, theirs in zip(got, expected, strict=True):
         assert error(mine, theirs) < 0.03
 
