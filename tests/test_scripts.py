@@ -36,7 +36,7 @@ def command(script: str, *args: object, processes: int = 1) -> list[str]:
             "-m",
             "torch.distributed.run",
             f"--nproc_per_node={processes}",
-            "--master_port=29533",
+            "--standalone",
         ]
     return [*launch, str(ROOT / "scripts" / f"{script}.py"), *map(str, args)]
 
@@ -102,22 +102,6 @@ def test_sampling_a_run_writes_the_images_that_were_asked_for(trained, tmp_path)
     for name in ("000000.png", "000001.png"):
         ours, theirs = (np.asarray(Image.open(tmp_path / d / name)) for d in ("images", "two"))
         assert np.array_equal(ours, theirs)
-
-
-def test_three_processes_go_on_from_a_checkpoint_to_the_same_bits(tmp_path):
-    """Two gradients sum alike in any order; of three, the order that DDP chose before shows."""
-    whole, rest = tmp_path / "whole", tmp_path / "rest"
-    settings = ["--model.embed_dim", 64, "--train.batch_size", 6, "--train.num_steps", 4]
-    settings += ["--train.checkpoint_every", 2, "--train.preview_every", 0, "--train.learning_rate", 1e-2]
-    done = train(whole, *settings, processes=3)
-    assert done.returncode == 0, done.stderr
-    done = train(rest, *settings, "--resume", whole / "checkpoints" / "step_00000002", processes=3)
-    assert done.returncode == 0, done.stderr
-    for file in ("model", "ema", "optimizer"):
-        ours, theirs = (
-            load_file(run / f"checkpoints/step_00000004/{file}.safetensors") for run in (whole, rest)
-        )
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs), file
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

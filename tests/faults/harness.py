@@ -60,10 +60,13 @@ def start(folder: Path, *arguments: object, **environment: object) -> multiproce
     return process
 
 
-def pair(folder: Path, *arguments: object, gpus: str = "") -> list[multiprocessing.Process]:
-    """Two training processes without a launcher that would look after them, on the CPU or on `gpus`."""
-    common = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), CUDA_VISIBLE_DEVICES=gpus)
-    return [start(folder, *arguments, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]
+def several(
+    folder: Path, *arguments: object, number: int = 2, gpus: str = ""
+) -> list[multiprocessing.Process]:
+    """Processes of one training without a launcher that would look after them, on the CPU or on `gpus`."""
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    common = address | dict(WORLD_SIZE=number, CUDA_VISIBLE_DEVICES=gpus)
+    return [start(folder, *arguments, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(number)]
 
 
 def free_port() -> int:

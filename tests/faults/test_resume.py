@@ -95,9 +95,22 @@ def test_going_on_with_another_number_of_processes_sees_the_same_data_and_noise(
     for i, number in enumerate(processes, 1):
         options = ["--train.num_steps", 4 * i, "--resume"]
         if number == 2:
-            started = harness.pair(folder, *options, gpus=gpus)
+            started = harness.several(folder, *options, gpus=gpus)
         else:
             started = [harness.start(folder, *options, **first)]
         assert set(harness.ended(*started)) == {0}, harness.said(folder)
     for ours, theirs in zip(harness.metrics(folder), harness.metrics(whole), strict=True):
         assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_three_processes_go_on_from_a_checkpoint_to_the_same_bits(tmp_path):
+    """Two gradients sum alike in any order; of three, the order that DDP chose before shows."""
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    options = ["--model.embed_dim", 64, "--train.batch_size", 6, "--train.num_steps", 4]
+    options += ["--train.checkpoint_every", 2, "--train.learning_rate", 1e-2]
+    for folder, source in ((whole, []), (rest, ["--resume", whole / "checkpoints" / "step_00000002"])):
+        started = harness.several(folder, *options, *source, number=3)
+        assert set(harness.ended(*started)) == {0}, harness.said(folder)
+    ours, theirs = (harness.tensors(harness.newest_of(folder)) for folder in (whole, rest))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert harness.newest_of(rest).name == "step_00000004"

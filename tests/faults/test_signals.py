@@ -72,7 +72,7 @@ def test_a_second_ctrl_c_exits_at_once(tmp_path):
 
 def test_two_processes_stop_together_when_one_is_signalled(gpus, tmp_path):
     folder = tmp_path / "run"
-    first, second = harness.pair(folder, *ENDLESS, gpus=gpus)
+    first, second = harness.several(folder, *ENDLESS, gpus=gpus)
     trains(folder, first, second)
     os.kill(second.pid, signal.SIGUSR1)
     assert harness.ended(first, second) == [128 + signal.SIGUSR1] * 2
@@ -83,7 +83,7 @@ def test_two_processes_stop_together_when_one_is_signalled(gpus, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_death_of_one_of_two_processes_ends_the_other_with_the_reason(victim, gpus, tmp_path):
     folder = tmp_path / "run"
-    both = harness.pair(folder, *ENDLESS, "--train.checkpoint_every", 2, gpus=gpus)
+    both = harness.several(folder, *ENDLESS, "--train.checkpoint_every", 2, gpus=gpus)
     wait_for((folder / "pipeline").is_dir, *both)
     both[victim].kill()
     codes = harness.ended(*both, within=60)
@@ -108,7 +108,7 @@ def streamed(tmp_path) -> list:
 
 def test_what_only_one_of_two_processes_meets_is_told(streamed, tmp_path):
     (tmp_path / "images" / "7.png").write_bytes(b"no image")
-    codes = harness.ended(*harness.pair(tmp_path / "run", *ENDLESS, *streamed, 0))
+    codes = harness.ended(*harness.several(tmp_path / "run", *ENDLESS, *streamed, 0))
     assert sorted(codes) == [2, harness.train.LOST]
     assert "7.png can't be decoded" in harness.said(tmp_path / "run")
 
