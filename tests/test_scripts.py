@@ -127,17 +127,18 @@ def test_two_processes_see_the_same_batches_and_losses_and_draw_the_same_images(
 
 
 def test_scoring_on_two_processes_gives_the_card_of_one(trained, tmp_path):
-    options = ["--num_images", 20, "--cache_dir", tmp_path / "cache", "--kid_subset_size", 10, "--reference"]
+    options = ["--num_images", 19, "--kid_subset_size", 10]
     folder = tmp_path / "real"
     folder.mkdir()
-    for i in range(20):
+    for i in range(21):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)).save(
             folder / f"{i}.png"
         )
     cards = []
     for processes in (1, 2):
-        card = tmp_path / f"{processes}.json"
-        done = run("evaluate", trained, *options, folder, "--card", card, processes=processes)
+        card, cache = tmp_path / f"{processes}.json", tmp_path / f"cache_{processes}"
+        places = ["--reference", folder, "--cache_dir", cache, "--card", card]
+        done = run("evaluate", trained, *options, *places, processes=processes)
         assert done.returncode == 0, done.stderr
         cards.append(json.loads(card.read_text()))
     for name, value in cards[0]["metrics"].items():
