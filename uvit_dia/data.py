@@ -229,7 +229,7 @@ def decode(row: np.ndarray | bytes | str | dict, sample_size: int, in_channels: 
 
 
 def read(images: ImageSet, batches: Iterable[Sequence[int]], num_workers: int) -> Iterator[Tensor]:
-    """The pixels of each batch of numbers, uint8 (b, C, H, W). Closing the iterator ends its workers."""
+    """The pixels of each batch of numbers, uint8 (b, C, H, W). Its workers end with the iterator."""
     atexit.register(end_workers)
     numbers: Any = range(len(images))
     options: Any = {"worker_init_fn": ignore_signals, "generator": torch.Generator()}
@@ -331,7 +331,10 @@ class Batches:
             index, flip = self.to_device(self.indices(s)), self.to_device(coins[self.share])  # (b,)
             pixels = self.to_device(next(streamed)) if self.pixels is None else self.pixels[index]
             x = pixels.float().mul_(1 / 127.5).sub_(1)  # (b, C, H, W); devices round a division differently
-            yield Batch(s, torch.where(flip[:, None, None, None], x.flip(-1), x), self.labels[index])
+            try:
+                yield Batch(s, torch.where(flip[:, None, None, None], x.flip(-1), x), self.labels[index])
+            except GeneratorExit:  # else Python 3.12.0 to 3.12.3 keep the workers of a closed iterator
+                return
 
     def indices(self, step: int) -> list[int]:
         return order(self.seed, len(self.images), step * self.batch_size + self.share).tolist()  # b of them
