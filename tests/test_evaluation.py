@@ -139,17 +139,19 @@ def theirs(folders, inception_weights) -> dict[str, float]:
 def test_scores_of_two_folders_equal_torch_fidelitys_own_command(
     folders, theirs, inception_weights, tmp_path
 ):
+    assert len(theirs) == 8 and theirs["frechet_inception_distance"] > 0.1
     options = ["--generated", folders[0], "--reference", folders[1], "--extractor", ev.INCEPTION]
     options += ["--extractor_weights", inception_weights, "--kid_subset_size", "10"]
-    options += ["--cache_dir", tmp_path / "cache", "--card", tmp_path / "card.json"]
-    script("evaluate", options)
-    card = json.loads((tmp_path / "card.json").read_text())
-    assert len(card["metrics"]) == len(theirs) == 8 and theirs["frechet_inception_distance"] > 0.1
-    for key, value in theirs.items():
-        ours_key = "fid" if key.startswith("frechet") else key.replace("kernel_inception", "kernel")
-        assert card["metrics"][ours_key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
-    assert (card["num_generated"], card["reference"]["num_images"]) == (11, 13)
-    assert card["provenance"]["processes"] == 1 and card["reference"]["name"] == str(folders[1])
+    for processes in (1, 2):
+        path, cache = tmp_path / f"{processes}.json", tmp_path / f"cache_{processes}"
+        script("evaluate", [*options, "--cache_dir", cache, "--card", path], processes)
+        card = json.loads(path.read_text())
+        assert len(card["metrics"]) == 8
+        for key, value in theirs.items():
+            ours_key = "fid" if key.startswith("frechet") else key.replace("kernel_inception", "kernel")
+            assert card["metrics"][ours_key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+        assert (card["num_generated"], card["reference"]["num_images"]) == (11, 13)
+        assert card["provenance"]["processes"] == processes and card["reference"]["name"] == str(folders[1])
 
 
 def test_a_kid_subset_that_is_larger_than_a_set_is_refused_with_the_size_that_fits(tmp_path):

@@ -140,12 +140,12 @@ def randomized(**settings: Any) -> UViT:
     ],
 )
 def test_a_network_is_the_same_with_the_kernels(settings: dict, gated: int, checkpoints: bool) -> None:
-    model = randomized(**settings)
+    model, count = randomized(**settings), 1 + checkpoints
     if checkpoints:
         model.enable_gradient_checkpointing()
-    expected = outputs(model)
+    expected = outputs(model, count)
     with as_compiled_for_a_gpu() as calls:
-        got = outputs(model)
+        got = outputs(model, count)
     assert (calls.pop("StandIns", 0) > 0) == ("dia_lstm" in str(settings))
     wanted = Counter(FusedAttention=3, FusedNorm=6 - gated, PooledNorm=gated, GatedNorm=gated, BiasGELU=3)
     assert +calls == {name: count * (1 + checkpoints) for name, count in (+wanted).items()}

@@ -72,8 +72,9 @@ class LSTMCell(nn.Module):
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * getattr(torch, self.activation)(c), c
 
-    def gates(self, x: Tensor, *expand: Any) -> Tensor:
-        return affine(x, *expand)
+    def gates(self, x: Tensor, weight: Tensor, bias: Tensor, *stand_ins: Tensor) -> Tensor:
+        """The affine map of x (B, 2N/r), both paths' squeezed inputs, to the gates (B, 4N)."""
+        return affine(x, weight, bias, *stand_ins)
 
     def maps(self) -> list[Affine]:
         """Both paths' squeeze, if there is one, and their affine map to the gates."""
@@ -98,14 +99,14 @@ class LightCell(LSTMCell):
         self.input_scale, self.hidden_scale = (nn.Parameter(torch.ones(4, dim)) for _ in range(2))
         self.input_shift, self.hidden_shift = (nn.Parameter(torch.zeros(4, dim)) for _ in range(2))
 
-    def gates(self, x: Tensor, *expand: Any) -> Tensor:
+    def gates(self, x: Tensor, weight: Tensor, bias: Tensor, *stand_ins: Tensor) -> Tensor:
         """The same without the zeros of `expansion`, in fewer launches where a compiler fuses it."""
         if not in_compiled_gpu_code(x):
-            return affine(x, *expand)
+            return affine(x, weight, bias, *stand_ins)
         scales = torch.stack([self.input_scale, self.hidden_scale])
         tiles = rearrange(x, "b (two k) -> b two 1 k", two=2).repeat(1, 1, 1, self.reduction)
-        y = (tiles * (scales.detach() if expand[2:] else scales)).sum(1)
-        return reported(y.flatten(1).to(x.dtype), x, *expand[1:])
+        y = (tiles * (scales.detach() if stand_ins else scales)).sum(1)  # the gradient is weight's
+        return reported(y.flatten(1).to(x.dtype), x, bias, *stand_ins)
 
     def expansion(self) -> Affine:
         """As a product: mostly zeros, whose gradients are one more product, and no sums over the batch."""

@@ -112,5 +112,6 @@ def test_three_processes_go_on_from_a_checkpoint_to_the_same_bits(tmp_path):
         started = harness.several(folder, *options, *source, number=3)
         assert set(harness.ended(*started)) == {0}, harness.said(folder)
     ours, theirs = (harness.tensors(harness.newest_of(folder)) for folder in (whole, rest))
+    assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert harness.newest_of(rest).name == "step_00000004"
